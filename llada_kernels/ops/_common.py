@@ -1,0 +1,54 @@
+"""What several ops share: the dtype of internal arithmetic and the argument checks with their wording."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _library
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """max(fp32, dtype of x): what references compute in, so that everything can be checked in fp64."""
+    return torch.promote_types(torch.float32, x.dtype)
+
+
+def check_tensor(name: str, x: object, ndim: int | None = None, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
+    """Return ``x`` if it is a tensor of ``ndim`` dimensions and one of ``dtypes``, else raise naming the argument."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
+    if dtypes is not None and x.dtype not in dtypes:
+        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name}: expected dtype {expected}, got {str(x.dtype).removeprefix('torch.')}")
+    return x
+
+
+def check_shape(name: str, x: Tensor, *expected: int | None) -> None:
+    """Raise unless ``x`` has the expected shape; None stands for any size."""
+    if x.ndim != len(expected) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=False)):
+        shown = "(" + ", ".join("*" if e is None else str(e) for e in expected) + ")"
+        raise ValueError(f"{name}: expected shape {shown}, got {tuple(x.shape)}")
+
+
+def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
+    """Raise unless ``x`` is on the device of ``other`` and, with ``dtype``, of its dtype."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {x.device}")
+    if dtype and x.dtype != other.dtype:
+        raise ValueError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
+
+
+def native_reason(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) -> str | None:
+    """Why the native CPU backend cannot serve these tensors, or None. The first one decides about the dtype."""
+    if _library.load_error is not None:
+        return f"the compiled library is not loaded: {_library.load_error}"
+    for i, x in enumerate(t for t in tensors if t is not None):
+        if x.device.type != "cpu":
+            return f"native serves CPU tensors, got {x.device}"
+        if i == 0 and x.dtype not in dtypes:
+            return f"native serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}"
+    return None
