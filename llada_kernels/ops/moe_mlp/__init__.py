@@ -1,0 +1,80 @@
+"""The routed experts of a MoE layer: gather, gate and up, SwiGLU, down, weighted sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._common import check_same, check_shape, check_tensor
+from ..dispatch import run
+from ..grouped_gemm import FLOATS, check_offsets
+from ..moe_routing.routing import Routing
+from . import reference
+
+__all__ = ["BACKENDS", "moe_mlp"]
+
+BACKENDS = (reference.BACKEND,)
+
+
+def moe_mlp(
+    x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Sum over each token's chosen experts of weight * down(silu(gate(x)) * up(x)).
+
+    Args:
+        x: floating point [T, H].
+        routing: the tokens' experts and weights, from :func:`moe_routing` or
+            :meth:`Routing.from_topk`.
+        w_gate_up: same dtype [E, 2I, H]. The I gate rows over the I up rows.
+        w_down: same dtype [E, H, I]. Weights of experts without tokens are not read; their gradient
+            is zero.
+        backend: None chooses by the arguments; a name never falls back.
+
+    Returns:
+        Same dtype [T, H], differentiable with respect to x, routing.topk_weights, w_gate_up and
+        w_down.
+
+    Precision: rounds as the official code: gate, up, silu, their product and each expert's output
+    in the dtype of x, every sum inside a matrix product and the weighted sum over k = 0 .. K-1 in
+    fp32, the result once more in the dtype of x.
+    Determinism: bitwise, independent of the number of threads.
+
+    Raises:
+        TypeError: an argument is not a tensor, or routing is not a Routing.
+        ValueError: a wrong shape, dtype or device, or a routing that does not belong to these
+            tokens and experts.
+    """
+    check_tensor("x", x, 2, FLOATS)
+    check_tensor("w_gate_up", w_gate_up, 3)
+    check_tensor("w_down", w_down, 3)
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    tokens, hidden = x.shape
+    experts, width = w_gate_up.shape[0], w_gate_up.shape[1] // 2
+    check_same("w_gate_up", w_gate_up, "x", x)
+    check_same("w_down", w_down, "x", x)
+    if experts < 1 or w_gate_up.shape[1] != 2 * width:
+        raise ValueError(
+            "w_gate_up: expected shape (E, 2I, H) with E of at least 1, "
+            f"got {tuple(w_gate_up.shape)}"
+        )
+    check_shape("w_gate_up", w_gate_up, experts, 2 * width, hidden)
+    check_shape("w_down", w_down, experts, hidden, width)
+    check_tensor("routing.topk_ids", routing.topk_ids, 2, (torch.int32,))
+    check_tensor("routing.topk_weights", routing.topk_weights, 2, (torch.float32, torch.float64))
+    check_tensor("routing.offsets", routing.offsets, 1, (torch.int32,))
+    check_tensor("routing.permutation", routing.permutation, 1, (torch.int32,))
+    for name, part in zip(Routing._fields, routing, strict=True):
+        check_same(f"routing.{name}", part, "x", x, dtype=False)
+    top_k = routing.topk_ids.shape[1]
+    if top_k < 1:
+        raise ValueError(
+            "routing.topk_ids: expected at least one expert per token, "
+            f"got shape {tuple(routing.topk_ids.shape)}"
+        )
+    check_shape("routing.topk_ids", routing.topk_ids, tokens, None)
+    check_shape("routing.topk_weights", routing.topk_weights, tokens, top_k)
+    check_shape("routing.offsets", routing.offsets, experts + 1)
+    check_shape("routing.permutation", routing.permutation, tokens * top_k)
+    check_offsets("routing.offsets", routing.offsets, tokens * top_k)
+    return run("moe_mlp", BACKENDS, backend, x, routing, w_gate_up, w_down)

@@ -1,0 +1,32 @@
+"""moe_mlp in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from .._common import compute_dtype
+from ..dispatch import Backend
+from ..grouped_gemm.reference import grouped_gemm
+from ..moe_routing.routing import Routing
+
+
+def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """See :func:`llada_kernels.ops.moe_mlp`."""
+    tokens, top_k = routing.topk_ids.shape
+    slots = routing.permutation.long()
+    gate, up = grouped_gemm(x[slots // top_k], w_gate_up, routing.offsets).chunk(2, -1)
+    rows = grouped_gemm(silu(gate) * up, w_down, routing.offsets)
+    place = torch.empty_like(slots).scatter_(
+        0, slots, torch.arange(slots.shape[0], device=slots.device)
+    )
+    choices = rows[place].view(tokens, top_k, x.shape[1]).to(compute_dtype(x)).unbind(1)
+    weights = routing.topk_weights.to(compute_dtype(x)).unsqueeze(-1).unbind(1)
+    out = choices[0] * weights[0]
+    for k in range(1, top_k):
+        out = out + choices[k] * weights[k]
+    return out.to(x.dtype)
+
+
+BACKEND = Backend("reference", lambda *args: None, moe_mlp)
