@@ -1,0 +1,132 @@
+// SIMD for kernels, written once with GCC's vector extensions: the compiler lowers it to the registers of the level.
+//
+// A kernel file includes the standard headers and its params.h FIRST and this header LAST: everything after the pragma below is compiled
+// for the level, while templates of the standard library stay at the baseline (compiled for AVX-512 they could be kept by the
+// linker for the whole program and crash older machines). Kernels live in `namespace llada::LLADA_CPU_LEVEL`.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(LLADA_CPU_LEVEL_avx512)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+#elif defined(LLADA_CPU_LEVEL_avx2)
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace llada::LLADA_CPU_LEVEL {
+namespace {
+
+#if defined(LLADA_CPU_LEVEL_avx512)
+constexpr int kLanes = 16;
+#elif defined(LLADA_CPU_LEVEL_avx2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2 and NEON
+#endif
+
+using Vec = float __attribute__((vector_size(4 * kLanes)));
+using VecI = int32_t __attribute__((vector_size(4 * kLanes)));
+using VecU = uint32_t __attribute__((vector_size(4 * kLanes)));
+using VecH = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+template <class T> T from_float(float x);
+template <> inline float from_float<float>(float x) { return x; }
+template <> inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even, as PyTorch
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+// Rounds to T and back: the rounding points of the official model.
+template <class T> inline float round_to(float x) { return to_float(from_float<T>(x)); }
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec load(const bf16* p) {
+  VecH h;
+  std::memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline VecH to_bf16_bits(Vec v) {
+  const VecU bits = (VecU)v;
+  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : VecU{} + 0x7fc0, VecH);
+}
+inline void store(bf16* p, Vec v) {
+  const VecH h = to_bf16_bits(v);
+  std::memcpy(p, &h, sizeof h);
+}
+template <class T> inline Vec round_to(Vec v);
+template <> inline Vec round_to<float>(Vec v) { return v; }
+template <> inline Vec round_to<bf16>(Vec v) { return (Vec)(__builtin_convertvector(to_bf16_bits(v), VecU) << 16); }
+
+// The first n < kLanes lanes, the rest `fill`.
+template <class T> inline Vec load_partial(const T* p, int64_t n, float fill = 0.f) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return load(lanes);
+}
+template <class T> inline void store_partial(T* p, Vec v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+}
+
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+using Vec4 = float __attribute__((vector_size(16)));
+inline float reduce_add(Vec v) {  // halves onto each other: the same tree at every call
+  Vec4 parts[kLanes / 4];
+  std::memcpy(parts, &v, sizeof v);
+  for (int half = kLanes / 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  const Vec4 x = parts[0];
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+inline float reduce_max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x, relative error below 2e-7 on [-87, 88]; 0 below (also for -inf), +inf above; NaN stays NaN.
+inline Vec vexp(Vec x) {
+  const Vec clamped = vmin(vmax(x, splat(-87.5f)), splat(88.7f));
+  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = (clamped * 1.44269504f + magic) - magic;
+  Vec r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.f;
+  const VecI exponent = __builtin_convertvector(n, VecI);
+  const VecI half = exponent >> 1;  // 2^n in two factors: n = 128 would overflow in one
+  y = y * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
+  y = x < -87.5f ? Vec{} : y;
+  y = x > 88.72284f ? splat(std::numeric_limits<float>::infinity()) : y;
+  return x == x ? y : x;
+}
+
+}  // namespace
+}  // namespace llada::LLADA_CPU_LEVEL

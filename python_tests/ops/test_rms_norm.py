@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada_kernels.ops.rms_norm import BACKENDS, rms_norm
+from llada_kernels.testing import assert_as_exact_as
+
+NAMES = [b.name for b in BACKENDS]
+
+
+def plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Direct transcription in the dtype of x."""
+    return weight * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps))
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 33), (300, 64), (7, 2048), (0, 8)])
+def test_values_and_gradients(backend, dtype, shape):
+    x, weight, grad = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype), torch.randn(shape, dtype=dtype)
+    results = []
+    for run, kind in ((rms_norm, dtype), (plain, dtype), (plain, torch.float64)):
+        a, w = x.detach().to(kind).clone().requires_grad_(), weight.to(kind).clone().requires_grad_()
+        y = run(a, w, 1e-6, backend=backend) if run is rms_norm else run(a, w, 1e-6)
+        y.backward(grad.to(kind))
+        results.append((y.detach(), a.grad, w.grad))
+    for ours, same, exact, name in zip(*results, ("y", "grad_x", "grad_weight"), strict=True):
+        assert_as_exact_as(ours, same, exact, name=name)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_rounds_before_it_scales(backend):
+    """The official order: cast to the dtype of x, then multiply by the weight. The other order differs in bf16."""
+    x, weight = torch.randn(64, 128, dtype=torch.bfloat16), torch.randn(128, dtype=torch.bfloat16)
+    z = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    expected, other_order = weight * z.bfloat16(), (weight.float() * z).bfloat16()
+    y = rms_norm(x, weight, backend=backend)
+    assert (y != expected).float().mean() < 0.01  # a different rounding of 1/sqrt may flip a last bit
+    assert (y != other_order).float().mean() > 0.1
+
+
+@given(rows=st.integers(0, 9), width=st.integers(1, 70))
+@settings(max_examples=30, deadline=None)
+def test_backends_agree(rows, width):
+    x, weight = torch.randn(rows, width), torch.randn(width)
+    torch.testing.assert_close(rms_norm(x, weight, backend="native"), rms_norm(x, weight, backend="reference"), atol=2e-6, rtol=2e-6)
+
+
+def test_same_bits_for_any_number_of_threads():
+    x, weight, grad = torch.randn(1000, 96), torch.randn(96), torch.randn(1000, 96)
+    seen, before = [], torch.get_num_threads()
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = rms_norm(a, w, backend="native")
+        y.backward(grad)
+        seen.append((y, a.grad, w.grad))
+    torch.set_num_threads(before)
+    for other in seen[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(seen[0], other, strict=True))
+
+
+def test_non_contiguous_input():
+    x, weight = torch.randn(8, 6, 10).transpose(0, 2), torch.randn(16)[::2]
+    torch.testing.assert_close(rms_norm(x, weight, backend="native"), rms_norm(x, weight, backend="reference"))
+
+
+def test_gradcheck():
+    x, weight = torch.randn(3, 7, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, w: rms_norm(a, w, 1e-3, backend="reference"), (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_contract(dtype):
+    x, weight = torch.randn(4, 32, dtype=dtype, requires_grad=True), torch.randn(32, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.llada_kernels.rms_norm, (x, weight, 1e-6))
+
+
+def test_compiles_without_graph_breaks():
+    x, weight = torch.randn(4, 32, requires_grad=True), torch.randn(32)
+    compiled = torch.compile(lambda a: rms_norm(a, weight, backend="native").sin(), fullgraph=True)
+    torch.testing.assert_close(compiled(x), rms_norm(x, weight, backend="reference").sin())
+    compiled(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_errors():
+    x = torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(8,\), got \(7,\)"):
+        rms_norm(x, torch.randn(7))
+    with pytest.raises(ValueError, match="weight: expected dtype torch.float32"):
+        rms_norm(x, torch.randn(8, dtype=torch.float64))
+    with pytest.raises(TypeError, match="x: expected a torch.Tensor, got list"):
+        rms_norm([1.0], torch.randn(8))
+    with pytest.raises(ValueError, match="native serves float32, bfloat16, got torch.float64"):
+        rms_norm(x.double(), torch.randn(8).double(), backend="native")
+    with pytest.raises(ValueError, match="backend: expected one of native, reference, got 'magic'"):
+        rms_norm(x, torch.randn(8), backend="magic")

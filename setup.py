@@ -1,0 +1,76 @@
+"""Builds the compiled parts with CMake. Metadata is in pyproject.toml; torch is located, never imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_tools"))
+from build_backend import find_package, wants_cuda  # noqa: E402
+
+
+class CMakeBuild(build_ext):
+    """One CMake call builds every extension; its folder persists, so that a rebuild compiles only what changed."""
+
+    def run(self):
+        torch, pybind11 = find_package("torch"), find_package("pybind11")
+        if torch is None:
+            raise SystemExit("torch was not found: install torch 2.11 or newer first (pip install torch)")
+        print(f"llada-kernels: torch headers from {torch}, CUDA kernels: {'on' if wants_cuda() else 'off'}", flush=True)
+        build = Path(os.environ.get("LLADA_KERNELS_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={torch}"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        if pybind11 is not None:
+            configure += [f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}"]
+        if not (build / "CMakeCache.txt").exists() and _has_ninja():
+            configure += ["-G", "Ninja"]
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
+        for extension in self.extensions:
+            built = build / self.get_ext_filename(extension.name.split(".")[-1])
+            if built.exists():
+                self.copy_file(str(built), str(self._target(extension.name)))
+            elif not extension.optional:
+                raise SystemExit(f"CMake did not build {built}")
+
+    def _target(self, fullname):
+        target = Path(self.get_ext_fullpath(fullname))
+        if self.editable_mode:  # beside the sources
+            target = ROOT / fullname.rpartition(".")[0].replace(".", "/") / target.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def get_ext_filename(self, fullname):
+        # The operator library has no Python symbols: it is loaded by torch.ops.load_library and serves every Python.
+        if fullname.split(".")[-1] == "_C":
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def get_outputs(self):
+        return [str(self._target(e.name)) for e in self.extensions if self._target(e.name).exists()]
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tag py3-none-<platform>: only the optional _host module belongs to one Python, and its Python twin serves elsewhere."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+def _has_ninja():
+    try:
+        return subprocess.run(["ninja", "--version"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+setup(
+    ext_modules=[Extension("llada_kernels._C", []), Extension("llada_kernels._host", [], optional=True)],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+)
