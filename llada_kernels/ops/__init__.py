@@ -2,16 +2,25 @@
 
 from .dispatch import explain, use_backend
 from .grouped_gemm import grouped_gemm
+from .lm_loss import LMLoss, lm_loss
 from .moe_mlp import moe_mlp
 from .moe_routing import Routing, moe_routing
+from .rope import rope, rope_tables
 from .swiglu import swiglu
+from .threshold_unmask import Unmasked, threshold_unmask
 
 __all__ = [
+    "LMLoss",
     "Routing",
+    "Unmasked",
     "explain",
     "grouped_gemm",
+    "lm_loss",
     "moe_mlp",
     "moe_routing",
+    "rope",
+    "rope_tables",
     "swiglu",
+    "threshold_unmask",
     "use_backend",
 ]

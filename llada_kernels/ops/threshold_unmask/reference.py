@@ -1,0 +1,227 @@
+"""Reference of threshold_unmask.
+
+Equal tokens in all backends need equal probabilities, so the arithmetic is fixed to the bit:
+
+- ``exp`` is a polynomial evaluated in fp64 by separate multiplications and additions (no fused ones);
+- each weight exp((x - max) / temperature) is rounded to a multiple of 2**-b, b chosen such that any
+  sum of V weights is below 2**53 of these units. Sums of weights are then exact, hence equal in any
+  order: sequential, vectorised, by threads or as a parallel scan. b is 34 at V = 157184: each
+  weight is off by at most 3e-11 of the largest one;
+- what remains are single correctly rounded operations: one division for a confidence, one product
+  each for the target mass of top_p and of the draw.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Backend
+
+#: Logits handled at once in fp64.
+_CHUNK_ELEMENTS = 1 << 22
+
+_LOG2E = 1.4426950408889634
+_LN2_HIGH = 6.93147180369123816490e-01  # trailing bits zero: products with small integers are exact
+_LN2_LOW = 1.90821492927058770002e-10
+_ROUND = 6755399441055744.0  # 1.5 * 2**52: adding and subtracting it rounds to an integer
+_TAYLOR = tuple(
+    1.0 / f for f in (39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1)
+)
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW32 = 0xFFFFFFFF
+
+
+def exponential(z: Tensor) -> Tensor:
+    """fp64 exp(z) for z <= 0, within 2e-14 relative; exp(-64) for anything smaller."""
+    z = z.clamp(min=-64.0)  # far below the grid, and keeps -inf out of the arithmetic
+    k = (z * _LOG2E + _ROUND) - _ROUND
+    r = (z - k * _LN2_HIGH) - k * _LN2_LOW
+    p = torch.full_like(r, _TAYLOR[0])
+    for coefficient in _TAYLOR[1:]:
+        p = p * r + coefficient
+    power = ((k.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return p * power
+
+
+def to_grid(weight: Tensor, vocab: int) -> Tensor:
+    """Weights in [0, 1] as multiples of a unit of which sums of ``vocab`` terms are exact."""
+    # 1.5 * 2**e with 2**e > vocab: adding it leaves multiples of 2**(e - 52).
+    snap = 1.5 * 2.0 ** max(2, vocab.bit_length())
+    return (weight + snap) - snap
+
+
+def philox_uniform(seed: Tensor, position: Tensor, forward_index: Tensor) -> Tensor:
+    """fp64 in [0, 1), 53 bits: the first two words of Philox4x32-10.
+
+    Key: the two halves of ``seed``; counter: low and high half of ``position``, then of
+    ``forward_index``. All int64 of one shape.
+    """
+    c = [position & _LOW32, (position >> 32) & _LOW32]
+    c += [forward_index & _LOW32, (forward_index >> 32) & _LOW32]
+    key = [seed & _LOW32, (seed >> 32) & _LOW32]
+    for _ in range(10):
+        # Products of two 32-bit numbers wrap to the right 64 bits; the mask undoes the sign.
+        first, second = c[0] * _PHILOX_MULTIPLIERS[0], c[2] * _PHILOX_MULTIPLIERS[1]
+        c = [
+            ((second >> 32) & _LOW32) ^ c[1] ^ key[0],
+            second & _LOW32,
+            ((first >> 32) & _LOW32) ^ c[3] ^ key[1],
+            first & _LOW32,
+        ]
+        key = [(k + step) & _LOW32 for k, step in zip(key, _PHILOX_KEY_STEPS, strict=True)]
+    bits = (c[0] << 21) | (c[1] >> 11)
+    return bits.to(torch.float64) * 2.0**-53
+
+
+def _kept(x: Tensor, weight: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """bool like x: what top_k, then top_p leave. Both are prefixes of the same sorted order."""
+    n, vocab = x.shape
+    order = torch.sort(x, dim=1, descending=True, stable=True).indices
+    cumulative = weight.gather(1, order).cumsum(1)
+    size = x.new_full((n, 1), vocab, dtype=torch.int64)
+    if top_k is not None:
+        k = top_k.unsqueeze(1).clamp(max=vocab)
+        size = torch.where(k > 0, k, size)
+    if top_p is not None:
+        p = top_p.unsqueeze(1)
+        reach = p * cumulative.gather(1, size - 1)
+        shortest = (cumulative < reach).sum(1, keepdim=True) + 1
+        size = torch.where(p < 1, torch.minimum(size, shortest), size)
+    ranks = torch.arange(vocab, device=x.device).expand(n, vocab)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(1, order, ranks < size)
+
+
+def _choose(
+    x: Tensor,
+    mask_token_id: int,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    uniform: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of logits [n, V]: chosen id, fp32 confidence, and whether the row is bad."""
+    vocab = x.shape[1]
+    is_mask = torch.arange(vocab, device=x.device) == mask_token_id
+    best_value, best = x.masked_fill(is_mask, -torch.inf).max(1)
+    bad = x.isnan().any(1) | (x == torch.inf).any(1) | (best_value == -torch.inf)
+    x = x.masked_fill(bad.unsqueeze(1), 0)
+    z = x.double() - x.double().amax(1, keepdim=True)
+    choice = best.masked_fill(bad, 0)
+    if temperature is None:
+        raw = exponential(z)
+        chosen = raw.gather(1, choice.unsqueeze(1)).squeeze(1)
+        weight = to_grid(raw, vocab)
+    else:
+        assert uniform is not None
+        sampled = temperature > 0
+        column = sampled.unsqueeze(1)
+        raw = exponential(z / torch.where(column, temperature.unsqueeze(1), 1.0))
+        weight = to_grid(raw, vocab)
+        if top_k is not None or top_p is not None:
+            weight = weight.masked_fill(column & ~_kept(x, weight, top_k, top_p), 0)
+        mass = weight.masked_fill(is_mask, 0).cumsum(1)
+        target = uniform.unsqueeze(1) * mass[:, -1:]
+        drawn = (mass <= target).sum(1)
+        choice = torch.where(sampled & (mass[:, -1] > 0), drawn, choice)
+        # Unrounded at temperature 0, so that this confidence is never 0.
+        chosen = torch.where(column, weight, raw).gather(1, choice.unsqueeze(1)).squeeze(1)
+    confidence = chosen / weight.sum(1)
+    return choice, confidence.float().masked_fill(bad, torch.nan), bad
+
+
+def _raise_bad(bad: Tensor, logits: Tensor) -> None:
+    row, position = (int(i) for i in bad.nonzero()[0])
+    x = logits[row, position]
+    if x.isnan().any():
+        got = "NaN"
+    elif (x == torch.inf).any():
+        got = "+inf"
+    else:
+        got = "no finite logit besides the mask token's"
+    raise ValueError(f"logits: expected finite numbers, got {got} in row {row}, position {position}")
+
+
+def threshold_unmask_reference(
+    logits: Tensor,
+    tokens: Tensor,
+    mask_token_id: int,
+    threshold: Tensor,
+    editing_threshold: Tensor | None,
+    min_unmask: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    seed: Tensor | None,
+    editable: Tensor | None,
+    positions: Tensor | None,
+    forward_index: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of Unmasked."""
+    rows, length, vocab = logits.shape
+    logits = logits.detach()
+    flat = logits.reshape(rows * length, vocab)
+    uniform = None
+    if temperature is not None:
+        assert seed is not None and forward_index is not None
+        if positions is None:
+            positions = torch.arange(length, device=logits.device).expand(rows, length)
+        key = (t.unsqueeze(1).expand(rows, length) for t in (seed, forward_index))
+        seeds, forwards = key
+        uniform = philox_uniform(seeds, positions, forwards).flatten()
+
+    def each(per_row: Tensor | None) -> Tensor | None:
+        return None if per_row is None else per_row.repeat_interleave(length)
+
+    per_position = [each(temperature), each(top_k), each(top_p), uniform]
+    choice = tokens.new_empty(rows * length)
+    confidence = torch.empty_like(choice, dtype=torch.float32)
+    bad = torch.empty_like(choice, dtype=torch.bool)
+    step = max(1, _CHUNK_ELEMENTS // vocab)
+    for begin in range(0, rows * length, step):
+        part = slice(begin, begin + step)
+        own = [None if t is None else t[part] for t in per_position]
+        choice[part], confidence[part], bad[part] = _choose(flat[part], mask_token_id, *own)
+    choice, confidence, bad = (t.view(rows, length) for t in (choice, confidence, bad))
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
+        _raise_bad(bad, logits)
+    return _apply(choice, confidence, bad, tokens, mask_token_id, threshold, editing_threshold,
+                  min_unmask, editable)  # fmt: skip
+
+
+def _apply(
+    choice: Tensor,
+    confidence: Tensor,
+    bad: Tensor,
+    tokens: Tensor,
+    mask_token_id: int,
+    threshold: Tensor,
+    editing_threshold: Tensor | None,
+    min_unmask: Tensor,
+    editable: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The M2T and T2T rules."""
+    masked = tokens == mask_token_id
+    confident = masked & (confidence > threshold.unsqueeze(1))
+    order = torch.where(masked, confidence, -1.0).sort(dim=1, descending=True, stable=True).indices
+    rank = order.argsort(1)
+    fallback = masked & (rank < min_unmask.unsqueeze(1))
+    enough = confident.sum(1) >= min_unmask
+    unmasked = torch.where(enough.unsqueeze(1), confident, fallback)
+    edited = torch.zeros_like(masked)
+    if editing_threshold is not None:
+        limit = editing_threshold.unsqueeze(1)
+        edited = ~masked & (choice != tokens) & (limit >= 0) & (confidence > limit)
+        if editable is not None:
+            edited = edited & editable
+    wrong = bad.any(1)
+    written = (unmasked | edited) & ~wrong.unsqueeze(1)
+    counts = torch.stack((unmasked.sum(1), edited.sum(1)), dim=1).masked_fill(
+        wrong.unsqueeze(1), -1
+    )
+    return torch.where(written, choice, tokens), confidence, counts.to(torch.int32)
+
+
+BACKEND = Backend("reference", lambda *_: None, threshold_unmask_reference)
