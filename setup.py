@@ -1,6 +1,7 @@
 """Builds the compiled parts with CMake. Metadata is in pyproject.toml; torch is located, never imported."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,16 +23,22 @@ class CMakeBuild(build_ext):
         if torch is None:
             raise SystemExit("torch was not found: install torch 2.11 or newer first (pip install torch)")
         print(f"llada-kernels: torch headers from {torch}, CUDA kernels: {'on' if wants_cuda() else 'off'}", flush=True)
+        # cmake and ninja from PyPI lie beside the interpreter, which need not be on PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PATH": path}
+        cmake = shutil.which("cmake", path=path)
+        if cmake is None:
+            raise SystemExit("cmake was not found: install it first (pip install cmake ninja)")
         build = Path(os.environ.get("LLADA_KERNELS_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={torch}"]
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={torch}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
         if pybind11 is not None:
             configure += [f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}"]
-        if not (build / "CMakeCache.txt").exists() and _has_ninja():
+        if not (build / "CMakeCache.txt").exists() and shutil.which("ninja", path=path):
             configure += ["-G", "Ninja"]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
+        subprocess.run(configure, check=True, env=environment)
+        subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True, env=environment)
         for extension in self.extensions:
             built = build / self.get_ext_filename(extension.name.split(".")[-1])
             if built.exists():
@@ -61,13 +68,6 @@ class AnyPythonWheel(bdist_wheel):
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
-
-
-def _has_ninja():
-    try:
-        return subprocess.run(["ninja", "--version"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
 
 
 setup(

@@ -56,7 +56,8 @@ def wants_cuda() -> bool:
 
 def _requires() -> list[str]:
     wants_cuda()
-    return [] if find_package("torch") else ["torch>=2.11"]
+    needed = [] if find_package("torch") else ["torch>=2.11"]
+    return needed + [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
 
 
 def get_requires_for_build_wheel(config_settings=None):

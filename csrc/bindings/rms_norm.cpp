@@ -13,9 +13,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   check_tensor("weight", weight, x.scalar_type(), {width});
   Tensor y = torch::stable::empty_like(x);
   Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
-  rms_norm_cpu({is_bf16, rows, width, float(eps), x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(),
-                rstd.mutable_data_ptr<float>()},
-               torch_threads());
+  rms_norm_cpu(
+      {is_bf16, rows, width, float(eps), x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), rstd.mutable_data_ptr<float>()},
+      torch_threads());
   return {y, rstd};
 }
 

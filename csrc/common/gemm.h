@@ -55,15 +55,14 @@ template <class TA, class TB>
 inline void gemm_nt(const TA* a, int64_t lda, const TB* b, int64_t ldb, int64_t m, int64_t n, int64_t k, float* c, int64_t ldc,
                     bool accumulate = false) {
   int64_t j = 0;
-  for (; j + kDotColumns <= n; j += kDotColumns)
-    dot_rows<kDotColumns>(a, lda, m, b + j * ldb, ldb, k, c + j, ldc, accumulate);
+  for (; j + kDotColumns <= n; j += kDotColumns) dot_rows<kDotColumns>(a, lda, m, b + j * ldb, ldb, k, c + j, ldc, accumulate);
   for (; j < n; ++j) dot_rows<1>(a, lda, m, b + j * ldb, ldb, k, c + j, ldc, accumulate);
 }
 
 // M rows x (N vectors or, where N == 0, the last `tail` < kLanes columns).
 template <int M, int N, class TA, class TB>
-inline void outer_tile(const TA* a, int64_t a_row, int64_t a_k, const TB* b, int64_t ldb, int64_t k, float* c, int64_t ldc,
-                       bool accumulate, int64_t tail) {
+inline void outer_tile(const TA* a, int64_t a_row, int64_t a_k, const TB* b, int64_t ldb, int64_t k, float* c, int64_t ldc, bool accumulate,
+                       int64_t tail) {
   constexpr int kVectors = N == 0 ? 1 : N;
   Vec acc[M][kVectors] = {};
   for (int64_t i = 0; i < k; ++i) {
@@ -92,8 +91,8 @@ inline void outer_tile(const TA* a, int64_t a_row, int64_t a_k, const TB* b, int
 }
 
 template <int M, class TA, class TB>
-inline void outer_columns(const TA* a, int64_t a_row, int64_t a_k, const TB* b, int64_t ldb, int64_t n, int64_t k, float* c,
-                          int64_t ldc, bool accumulate) {
+inline void outer_columns(const TA* a, int64_t a_row, int64_t a_k, const TB* b, int64_t ldb, int64_t n, int64_t k, float* c, int64_t ldc,
+                          bool accumulate) {
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) outer_tile<M, 2>(a, a_row, a_k, b + j, ldb, k, c + j, ldc, accumulate, 0);
   for (; j + kLanes <= n; j += kLanes) outer_tile<M, 1>(a, a_row, a_k, b + j, ldb, k, c + j, ldc, accumulate, 0);

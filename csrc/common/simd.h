@@ -43,16 +43,24 @@ inline float to_float(bf16 x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
-template <class T> T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even, as PyTorch
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even, as PyTorch
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   if (x != x) return {0x7fc0};
   return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 // Rounds to T and back: the rounding points of the official model.
-template <class T> inline float round_to(float x) { return to_float(from_float<T>(x)); }
+template <class T>
+inline float round_to(float x) {
+  return to_float(from_float<T>(x));
+}
 
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec load(const float* p) {
@@ -75,17 +83,26 @@ inline void store(bf16* p, Vec v) {
   const VecH h = to_bf16_bits(v);
   std::memcpy(p, &h, sizeof h);
 }
-template <class T> inline Vec round_to(Vec v);
-template <> inline Vec round_to<float>(Vec v) { return v; }
-template <> inline Vec round_to<bf16>(Vec v) { return (Vec)(__builtin_convertvector(to_bf16_bits(v), VecU) << 16); }
+template <class T>
+inline Vec round_to(Vec v);
+template <>
+inline Vec round_to<float>(Vec v) {
+  return v;
+}
+template <>
+inline Vec round_to<bf16>(Vec v) {
+  return (Vec)(__builtin_convertvector(to_bf16_bits(v), VecU) << 16);
+}
 
 // The first n < kLanes lanes, the rest `fill`.
-template <class T> inline Vec load_partial(const T* p, int64_t n, float fill = 0.f) {
+template <class T>
+inline Vec load_partial(const T* p, int64_t n, float fill = 0.f) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
   return load(lanes);
 }
-template <class T> inline void store_partial(T* p, Vec v, int64_t n) {
+template <class T>
+inline void store_partial(T* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
 }
 

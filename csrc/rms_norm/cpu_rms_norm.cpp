@@ -71,9 +71,7 @@ void backward(const RmsNormBackwardParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-void rms_norm(const RmsNormParams& p, const Parallel& parallel) {
-  p.bf16 ? forward<bf16>(p, parallel) : forward<float>(p, parallel);
-}
+void rms_norm(const RmsNormParams& p, const Parallel& parallel) { p.bf16 ? forward<bf16>(p, parallel) : forward<float>(p, parallel); }
 
 void rms_norm_backward(const RmsNormBackwardParams& p, const Parallel& parallel) {
   p.bf16 ? backward<bf16>(p, parallel) : backward<float>(p, parallel);

@@ -1,0 +1,42 @@
+# make demo | make test: each creates .venv if there is none, installs what is missing (torch first), then runs.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+CLANG_FORMAT_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: demo test lint install aarch64 clean
+
+demo: install
+	$(BIN)/llada-kernels demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+# Everything is installed without build isolation, so torch is downloaded once and rebuilds compile only what changed.
+install: $(VENV)/installed
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" "pybind11>=2.13" cmake ninja
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+lint: install
+	$(BIN)/pip install -q "ruff==0.17.5" "clang-format==18.1.8" mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMAT_FILES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The CPU kernels must also build for 64-bit Arm. Needs aarch64-linux-gnu-g++.
+aarch64:
+	cmake -S . -B build/aarch64 -DLLADA_KERNELS_KERNELS_ONLY=ON -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/aarch64 -j 2
+
+clean:
+	rm -rf build dist *.egg-info llada_kernels/*.so
