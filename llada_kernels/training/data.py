@@ -1,0 +1,200 @@
+"""Packed documents, indexed by global sample number: a run's position in its data is one integer."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .noise import uniform
+
+__all__ = ["Batch", "Document", "PackedDataset", "collate", "document_blocks", "pack"]
+
+_ORDER = 255  # purpose of the numbers that order an epoch's rows; noise uses small ones
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one document and, for fine-tuning, which of them are supervised (None: all).
+
+    Attributes:
+        tokens: [n], integers.
+        supervised: [n], bool, or None. Positions that are not supervised (prompts) are never masked and carry no loss.
+    """
+
+    tokens: Sequence[int] | Tensor
+    supervised: Sequence[bool] | Tensor | None = None
+
+    @classmethod
+    def from_prompt_and_answer(cls, prompt: Sequence[int], answer: Sequence[int]) -> Document:
+        """A document whose answer alone is supervised."""
+        return cls([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents, flattened: L tokens.
+
+    Attributes:
+        tokens: [L], int64.
+        cu_seqlens: [documents + 1], int32; where documents begin, and L.
+        supervised: [L], bool.
+        samples: [L], int64; global index of the row that a token is part of.
+        indices: [L], int64; the token's index within its row.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    supervised: Tensor
+    samples: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; ``cu_seqlens`` stays on the CPU, where masks are planned."""
+        moved = (t.to(device) for t in (self.supervised, self.samples, self.indices))
+        return Batch(self.tokens.to(device), self.cu_seqlens, *moved)
+
+
+def pack(lengths: Sequence[int], row_tokens: int) -> list[list[tuple[int, int, int]]]:
+    """Best-fit packing: pieces (document, begin, end) of every row, no row above ``row_tokens`` tokens.
+
+    Documents longer than a row are cut into pieces of a row's length; then the longest piece goes first, each into the
+    fullest row that still has room. Empty documents are left out. Ties go to the lower document and the older row.
+
+    Raises:
+        ValueError: ``row_tokens`` is below 1.
+    """
+    if row_tokens < 1:
+        raise ValueError(f"row_tokens: expected at least 1, got {row_tokens}")
+    pieces = [
+        (document, begin, min(begin + row_tokens, length))
+        for document, length in enumerate(lengths)
+        for begin in range(0, length, row_tokens)
+    ]
+    pieces.sort(key=lambda p: (p[1] - p[2], p[0], p[1]))
+    rows: list[list[tuple[int, int, int]]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for piece in pieces:
+        size = piece[2] - piece[1]
+        at = bisect.bisect_left(room, (size, -1))
+        if at == len(room):
+            rows.append([])
+            free, row = row_tokens, len(rows) - 1
+        else:
+            free, row = room.pop(at)
+        rows[row].append(piece)
+        bisect.insort(room, (free - size, row))
+    return rows
+
+
+class PackedDataset:
+    """Documents packed into rows, with an endless sequence of samples: sample g is a row, a pure function of g and seed.
+
+    Each epoch goes through all rows in an order of its own.
+
+    Args:
+        documents: documents, or bare sequences of token ids.
+        row_tokens: token budget of a row.
+        seed: of the order of rows.
+        shuffle: False: rows in their packed order.
+
+    Raises:
+        ValueError: no tokens at all, ``row_tokens`` below 1, or supervised flags of another length than the tokens.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document | Sequence[int] | Tensor],
+        row_tokens: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self._tokens: list[Tensor] = []
+        self._supervised: list[Tensor | None] = []
+        for number, item in enumerate(documents):
+            document = item if isinstance(item, Document) else Document(item)
+            tokens = torch.as_tensor(document.tokens, dtype=torch.int64)
+            flags = document.supervised
+            flags = None if flags is None else torch.as_tensor(flags, dtype=torch.bool)
+            if flags is not None and flags.shape != tokens.shape:
+                raise ValueError(
+                    f"supervised: expected {len(tokens)} flags for document {number}, got shape {tuple(flags.shape)}"
+                )
+            self._tokens.append(tokens)
+            self._supervised.append(flags)
+        self.rows = pack([len(t) for t in self._tokens], row_tokens)
+        if not self.rows:
+            raise ValueError("documents: expected at least one token, got none")
+        self.row_tokens, self.seed, self.shuffle = row_tokens, seed, shuffle
+        self._order: tuple[int, list[int]] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one epoch."""
+        return sum(len(t) for t in self._tokens)
+
+    @property
+    def longest_document(self) -> int:
+        """Length of the longest piece of a document in a row."""
+        return max(end - begin for row in self.rows for _, begin, end in row)
+
+    def row(self, sample: int) -> list[tuple[Tensor, Tensor]]:
+        """(tokens, supervised) of each document of sample ``sample``."""
+        epoch, place = divmod(sample, self.num_rows)
+        if self.shuffle:
+            if self._order is None or self._order[0] != epoch:
+                rows = torch.arange(self.num_rows)
+                keys = uniform(self.seed, epoch, torch.zeros_like(rows), rows, _ORDER)
+                self._order = (epoch, torch.argsort(keys, stable=True).tolist())
+            place = self._order[1][place]
+        parts = []
+        for document, begin, end in self.rows[place]:
+            tokens, flags = self._tokens[document][begin:end], self._supervised[document]
+            parts.append((tokens, torch.ones(end - begin, dtype=torch.bool) if flags is None else flags[begin:end]))
+        return parts
+
+    def batch(self, first_sample: int, rows: int) -> Batch:
+        """Samples ``first_sample`` to ``first_sample + rows - 1`` as one pack."""
+        return collate([(s, self.row(s)) for s in range(first_sample, first_sample + rows)])
+
+
+def collate(rows: Sequence[tuple[int, Sequence[tuple[Tensor, Tensor]]]]) -> Batch:
+    """Join rows, each (global sample index, [(tokens, supervised) of each document]), into one pack."""
+    tokens, supervised, samples, indices, lengths = [], [], [], [], [0]
+    for sample, documents in rows:
+        size = sum(len(t) for t, _ in documents)
+        samples.append(torch.full((size,), sample, dtype=torch.int64))
+        indices.append(torch.arange(size))
+        for document, flags in documents:
+            tokens.append(document)
+            supervised.append(flags)
+            lengths.append(len(document))
+    cu_seqlens = torch.tensor(lengths, dtype=torch.int64).cumsum(0).to(torch.int32)
+    return Batch(torch.cat(tokens), cu_seqlens, torch.cat(supervised), torch.cat(samples), torch.cat(indices))
+
+
+def document_blocks(cu_seqlens: Tensor, block_size: int | str) -> Tensor:
+    """Block number of each token of a pack, [L] int64: blocks start with their document; "full" is one block each.
+
+    Raises:
+        ValueError: a block size below 1.
+    """
+    if block_size != "full" and int(block_size) < 1:
+        raise ValueError(f'block_size: expected at least 1 or "full", got {block_size}')
+    starts = cu_seqlens.to(torch.int64)
+    lengths = starts.diff()
+    size = lengths.clamp(min=1) if block_size == "full" else torch.full_like(lengths, int(block_size))
+    blocks = (lengths + size - 1) // size
+    first = blocks.cumsum(0) - blocks
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    place = torch.arange(int(starts[-1])) - starts[document]
+    return first[document] + place // size[document]
