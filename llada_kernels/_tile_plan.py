@@ -10,7 +10,8 @@ The C++ module ``llada_kernels._host`` and the numpy twin in this file compute i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,8 @@ class TilePlan:
     def to(self, device: torch.device) -> TilePlan:
         """The same plan with its tensors on ``device``."""
         names = ("tiles", "order", "rows", "key_offsets", "key_runs", "key_order")
-        return TilePlan(*(getattr(self, n).to(device) for n in names), self.block_m, self.block_n)
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved)
 
 
 def build_plan(
@@ -85,8 +87,8 @@ def build_plan(
     cuts = np.zeros(1, np.int64) if row_starts is None else row_starts
     tiles, order, rows = plan_tiles(np.ascontiguousarray(context), np.ascontiguousarray(own), cuts, block_m)
     offsets, runs, key_order = plan_keys(tiles, 0 if row_starts is not None else num_keys, block_n)
-    arrays = (tiles, order, rows, offsets, runs, key_order)
-    return TilePlan(*(torch.from_numpy(a) for a in arrays), block_m, block_n)
+    tensor = torch.from_numpy
+    return TilePlan(tensor(tiles), tensor(order), tensor(rows), tensor(offsets), tensor(runs), tensor(key_order), block_m, block_n)
 
 
 def _plan_tiles(context: _Int32s, own: _Int32s, row_starts: _Ints, block_m: int) -> tuple[_Int32s, _Int32s, _Int32s]:

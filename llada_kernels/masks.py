@@ -5,13 +5,14 @@ numbers each describe masks whose dense form would be (2L)^2: kernels walk the i
 :meth:`DiffusionMask.dense`.
 
 The training row is ``[x_t1; ...; x_tr; x_0]``: r noisy copies of the whole pack, then the clean one. A noisy token sees its own
-noisy block and the clean tokens of earlier blocks; a clean token sees the clean tokens up to the end of its block; nothing crosses a document.
+noisy block and the clean tokens of earlier blocks; a clean token sees the clean tokens up to the end of its block. Nothing
+crosses a document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -272,10 +273,9 @@ class DiffusionMask:
         target = torch.empty(0, device=device).device
         if target == self.device:
             return self
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(target) if isinstance(value, Tensor) else value for name, value in values.items()}
-        moved["_plans"] = {sizes: plan.to(target) for sizes, plan in self._plans.items()}
-        return DiffusionMask(**moved)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {name: value.to(target) for name, value in tensors.items()}
+        return replace(self, **moved, _plans={sizes: plan.to(target) for sizes, plan in self._plans.items()})
 
     def _num_cached(self) -> int:
         return 0 if self.context_lens is None else int(self.context_lens.sum())
