@@ -1,0 +1,120 @@
+"""Installing and importing: wheel and sdist outside the source tree, a missing or broken library, the build's switches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "build_tools"))
+import build_backend  # noqa: E402
+
+CALL = "import torch; from llada_kernels.ops.rms_norm import rms_norm; print(rms_norm(torch.ones(2, 4), torch.ones(4){}).sum().item())"
+
+
+def run_python(code: str, package_parent: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the package taken from ``package_parent``, away from the source tree."""
+    env = {**os.environ, "PYTHONPATH": str(package_parent), **environment}
+    return subprocess.run([sys.executable, "-P", "-c", code], cwd=package_parent, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist, built through the backend shim."""
+    out = tmp_path_factory.mktemp("dist")
+    code = f"import build_backend as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "build_tools")}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return out
+
+
+def test_wheel_runs_outside_the_source_tree(distributions, tmp_path):
+    (wheel,) = distributions.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), str(wheel)], check=True)
+    result = run_python(CALL.format(", backend='native'") + "; import llada_kernels; print(llada_kernels.__file__)", tmp_path)
+    assert result.returncode == 0, result.stderr
+    total, where = result.stdout.split()
+    assert float(total) == pytest.approx(8, abs=1e-4)
+    assert Path(where).is_relative_to(tmp_path)
+
+
+def test_sdist_holds_what_the_build_needs(distributions):
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "build_tools/build_backend.py", "csrc/bindings/library.cpp", "LICENSE"}
+    assert needed <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "llada_kernels", tmp_path / "llada_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("content", [None, b"not a shared object"])
+def test_without_a_usable_library_the_reference_serves(copied_package, content):
+    if content is not None:
+        (copied_package / "llada_kernels" / "_C.so").write_bytes(content)
+    expected = "_C.so is missing" if content is None else "Could not load this library"
+    result = run_python(CALL.format(""), copied_package)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == pytest.approx(8, abs=1e-4)
+    native = run_python(CALL.format(", backend='native'"), copied_package)
+    assert native.returncode != 0
+    assert "ValueError: rms_norm: backend 'native' does not support this call" in native.stderr
+    assert expected in native.stderr
+    facts = run_python("import sys; from llada_kernels.info import main; sys.exit(main(['--json']))", copied_package)
+    assert expected in json.loads(facts.stdout)["backends"]["native"]
+
+
+def test_info_of_this_installation():
+    result = subprocess.run([sys.executable, "-m", "llada_kernels.info", "--json"], capture_output=True, text=True, check=True)
+    facts = json.loads(result.stdout)
+    assert facts["backends"]["native"] == "loaded"
+    assert facts["cpu_level"] in ("portable", "avx2", "avx512")
+    assert facts["ops"]["block_attention"] == ["native", "reference"]
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "magic"])
+def test_cpu_level_can_be_forced(level):
+    code = "import torch, llada_kernels; print(torch.ops.llada_kernels.cpu_level())"
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "LLADA_KERNELS_CPU": level}, capture_output=True, text=True)
+    if result.returncode == 0:
+        assert result.stdout.strip() == level
+    else:  # an unknown level, or one that this machine lacks, is an error and never a silent choice
+        assert level != "portable"
+        assert "ValueError: LLADA_KERNELS_CPU: " in result.stderr and level in result.stderr
+
+
+def test_cuda_switch(monkeypatch):
+    monkeypatch.setenv("LLADA_KERNELS_CUDA", "perhaps")
+    with pytest.raises(SystemExit, match="expected auto, on or off, got 'perhaps'"):
+        build_backend.wants_cuda()
+    monkeypatch.setenv("LLADA_KERNELS_CUDA", "on")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    with pytest.raises(SystemExit, match="nvcc was not found"):
+        build_backend.wants_cuda()
+    monkeypatch.setenv("LLADA_KERNELS_CUDA", "off")
+    assert build_backend.wants_cuda() is False
+
+
+def test_the_build_asks_for_torch_only_where_there_is_none(monkeypatch, tmp_path):
+    assert not [r for r in build_backend.get_requires_for_build_wheel() if r.startswith("torch")]
+    monkeypatch.setattr(build_backend, "_site_packages", lambda: [tmp_path])
+    monkeypatch.setattr(build_backend, "find_spec", lambda name: None)
+    assert "torch>=2.11" in build_backend.get_requires_for_build_wheel()
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    assert build_backend.find_package("torch") == tmp_path / "torch"

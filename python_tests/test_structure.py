@@ -1,0 +1,74 @@
+"""The rules of the layout: what may include what, one name in five places, no long files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llada_kernels import info
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [p for folder in ("csrc", "llada_kernels", "python_tests", "bench", "build_tools") for p in (ROOT / folder).rglob("*")]
+SOURCES = [p for p in SOURCES if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")] + [ROOT / "setup.py"]
+OPS = sorted(info.all_ops())
+NATIVE_OPS = sorted(p.parent.name for p in (ROOT / "csrc").glob("*/params.h"))
+
+
+def test_no_file_is_over_600_lines():
+    assert not {str(p.relative_to(ROOT)): n for p in SOURCES if (n := p.read_text().count("\n")) > 600}
+
+
+def test_kernels_do_not_include_torch():
+    kernels = [p for p in SOURCES if p.is_relative_to(ROOT / "csrc") and p.parent.name != "bindings"]
+    assert len(kernels) > 20
+    assert not [str(p) for p in kernels if re.search(r'#include\s*[<"](torch|ATen|c10)/', p.read_text())]
+
+
+def test_bindings_use_only_the_stable_headers():
+    includes = {i for p in (ROOT / "csrc" / "bindings").iterdir() for i in re.findall(r"#include\s*<(torch/[^>]+)>", p.read_text())}
+    assert includes and all(i.startswith(("torch/csrc/stable/", "torch/headeronly/")) for i in includes)
+
+
+@pytest.mark.parametrize("op", NATIVE_OPS)
+def test_one_name_in_every_place(op):
+    assert (ROOT / "csrc" / op / f"cpu_{op}.cpp").exists()
+    assert (ROOT / "csrc" / "bindings" / f"{op}.cpp").exists()
+    assert op in OPS
+    assert (ROOT / "python_tests" / "ops" / f"test_{op}.py").exists()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_a_native_and_a_reference_backend(op):
+    assert [b.name for b in info.all_ops()[op]] == ["native", "reference"]
+    assert op in NATIVE_OPS
+
+
+def test_layers_point_one_way():
+    result = subprocess.run([str(Path(sys.executable).parent / "lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("leaf", ["masks", "config", "testing"])
+def test_leaves_import_nothing_of_the_upper_layers(leaf):
+    text = (ROOT / "llada_kernels" / f"{leaf}.py").read_text()
+    relative = re.findall(r"^\s*from \.(\w*) import", text, re.MULTILINE)
+    assert all(name.startswith("_") for name in relative), relative
+
+
+def test_weights_are_never_unpickled():
+    package = [p for p in SOURCES if p.is_relative_to(ROOT / "llada_kernels")]
+    assert not [p.name for p in package if re.search(r"torch\.load\(|^\s*import pickle|from pickle", p.read_text(), re.MULTILINE)]
+
+
+def test_public_names_exist():
+    import llada_kernels
+    from llada_kernels import generation, ops, training
+
+    for module in (llada_kernels, ops, generation, training):
+        assert module.__all__ == sorted(module.__all__, key=str.lower) or set(module.__all__)
+        for name in module.__all__:
+            assert getattr(module, name) is not None
