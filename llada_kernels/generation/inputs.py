@@ -1,0 +1,136 @@
+"""Checking what a user hands to ``generate``: prompts, token ids, seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Prompts", "prompt_list", "seed_list", "special_ids"]
+
+Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int]
+
+#: mask and EOS ids of the released models, for a config that does not name them
+FAMILY_IDS = {"mask": 156895, "eos": 156892}
+
+
+def prompt_list(inputs: Prompts, attention_mask: Tensor | None, vocab_size: int, mask_id: int) -> list[Tensor]:
+    """One int64 [n] tensor per prompt, on the CPU, checked.
+
+    Raises:
+        TypeError: inputs are neither tensors nor lists of integers.
+        ValueError: an empty batch or prompt, an id outside the vocabulary, a mask token in a prompt, a padding mask that
+            does not fit or has holes.
+    """
+    prompts = _split(inputs)
+    if attention_mask is not None:
+        prompts = _unpad(inputs, prompts, attention_mask)
+    if not prompts:
+        raise ValueError("inputs: expected at least one prompt, got an empty batch")
+    checked = []
+    for i, prompt in enumerate(prompts):
+        where = f"inputs[{i}]" if len(prompts) > 1 else "inputs"
+        if prompt.ndim != 1:
+            raise ValueError(f"{where}: expected a 1-D prompt, got shape {tuple(prompt.shape)}")
+        if not len(prompt):
+            raise ValueError(f"{where}: expected at least one token, got an empty prompt")
+        if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+            raise TypeError(f"{where}: expected integer token ids, got {prompt.dtype}")
+        prompt = prompt.to("cpu", torch.int64)
+        outside = ((prompt < 0) | (prompt >= vocab_size)).nonzero()
+        if len(outside):
+            at = int(outside[0])
+            raise ValueError(f"{where}: expected token ids in [0, {vocab_size}), got {int(prompt[at])} at position {at}")
+        masks = (prompt == mask_id).nonzero()
+        if len(masks):
+            raise ValueError(f"{where}: expected a prompt without the mask token {mask_id}, got one at position {int(masks[0])}")
+        checked.append(prompt)
+    return checked
+
+
+def _split(inputs: Any) -> list[Tensor]:
+    if isinstance(inputs, Tensor):
+        if inputs.ndim not in (1, 2):
+            raise ValueError(f"inputs: expected shape [S] or [B, S], got {tuple(inputs.shape)}")
+        return [inputs] if inputs.ndim == 1 else list(inputs)
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str | bytes):
+        raise TypeError(f"inputs: expected a tensor or a list of prompts, got {type(inputs).__name__}")
+    if inputs and all(isinstance(x, int) for x in inputs):
+        return [torch.tensor(inputs)]
+    prompts = []
+    for i, prompt in enumerate(inputs):
+        if isinstance(prompt, Tensor):
+            prompts.append(prompt)
+        elif isinstance(prompt, Sequence) and all(isinstance(x, int) for x in prompt):
+            prompts.append(torch.tensor(prompt, dtype=torch.int64))
+        else:
+            raise TypeError(f"inputs[{i}]: expected a tensor or a list of integers, got {type(prompt).__name__}")
+    return prompts
+
+
+def _unpad(inputs: Any, prompts: list[Tensor], attention_mask: Tensor) -> list[Tensor]:
+    if not isinstance(inputs, Tensor):
+        raise ValueError("attention_mask: expected None for a list of prompts, which needs no padding, got a mask")
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
+    if attention_mask.shape != inputs.shape:
+        raise ValueError(f"attention_mask: expected shape {tuple(inputs.shape)} (that of inputs), got {tuple(attention_mask.shape)}")
+    real = attention_mask.view(len(prompts), -1).to("cpu") != 0
+    kept = []
+    for i, (prompt, row) in enumerate(zip(prompts, real, strict=True)):
+        at = row.nonzero().flatten()
+        if not len(at):
+            raise ValueError(f"attention_mask[{i}]: expected at least one real token, got none")
+        if int(at[-1]) - int(at[0]) + 1 != len(at):
+            raise ValueError(f"attention_mask[{i}]: expected the real tokens in one run (padding on the left or right), got holes")
+        kept.append(prompt[int(at[0]) : int(at[-1]) + 1])
+    return kept
+
+
+def special_ids(model: Any, mask_id: int | None, eos_id: int | None) -> tuple[int, int]:
+    """Ids of mask and EOS: the argument, else generation_config, else config, else those of the released models.
+
+    Where a config lists several EOS ids the first one counts, as in the official code.
+
+    Raises:
+        ValueError: the mask id is outside the vocabulary.
+    """
+    vocab = model.config.vocab_size
+
+    def find(kind: str, given: int | None) -> int:
+        if given is not None:
+            return int(given)
+        for source in (getattr(model, "generation_config", None), model.config):
+            name = f"{kind}_token_id"
+            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+            if isinstance(value, list | tuple):
+                value = value[0] if value else None
+            if value is not None:
+                return int(value)
+        return FAMILY_IDS[kind]
+
+    mask, eos = find("mask", mask_id), find("eos", eos_id)
+    if not 0 <= mask < vocab:
+        raise ValueError(f"mask_id: expected an id in [0, {vocab}), got {mask}")
+    if mask == eos:
+        raise ValueError(f"eos_id: expected another id than mask_id, got {eos} for both")
+    return mask, eos
+
+
+def seed_list(seed: int | Sequence[int] | None, rows: int, needed: bool) -> list[int]:
+    """One seed per row; without one, one is drawn from torch's generator if the rule needs it.
+
+    Raises:
+        ValueError: a seed outside [0, 2**63), or not one per row.
+    """
+    if seed is None:
+        seed = int(torch.randint(0, 2**63 - 1, (1,))) if needed else 0
+    seeds = [int(seed)] * rows if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != rows:
+        raise ValueError(f"seed: expected one number or one per prompt ({rows}), got {len(seeds)}")
+    for s in seeds:
+        if not 0 <= s < 2**63:
+            raise ValueError(f"seed: expected numbers in [0, 2**63), got {s}")
+    return seeds
