@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families import EOS_TOKEN_ID, MASK_TOKEN_ID
+
 __all__ = ["Prompts", "prompt_list", "seed_list", "special_ids"]
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int]
-
-#: mask and EOS ids of the released models, for a config that does not name them
-FAMILY_IDS = {"mask": 156895, "eos": 156892}
 
 
 def prompt_list(inputs: Prompts, attention_mask: Tensor | None, vocab_size: int, mask_id: int) -> list[Tensor]:
@@ -99,19 +98,18 @@ def special_ids(model: Any, mask_id: int | None, eos_id: int | None) -> tuple[in
     """
     vocab = model.config.vocab_size
 
-    def find(kind: str, given: int | None) -> int:
+    def find(name: str, given: int | None, default: int) -> int:
         if given is not None:
             return int(given)
         for source in (getattr(model, "generation_config", None), model.config):
-            name = f"{kind}_token_id"
             value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
             if isinstance(value, list | tuple):
                 value = value[0] if value else None
             if value is not None:
                 return int(value)
-        return FAMILY_IDS[kind]
+        return default
 
-    mask, eos = find("mask", mask_id), find("eos", eos_id)
+    mask, eos = find("mask_token_id", mask_id, MASK_TOKEN_ID), find("eos_token_id", eos_id, EOS_TOKEN_ID)
     if not 0 <= mask < vocab:
         raise ValueError(f"mask_id: expected an id in [0, {vocab}), got {mask}")
     if mask == eos:

@@ -1,0 +1,158 @@
+"""What ``generate`` accepts, which defaults it chooses, and how it refuses the rest."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llada_kernels import generation
+from llada_kernels.generation import GenerationOutput, LLaDA20, LLaDA21, LowConfidence
+from llada_kernels.generation.api import resolve_rule
+from llada_kernels.generation.inputs import special_ids
+
+from .toy import ToyModel
+
+SHORT: dict[str, Any] = {"gen_length": 8, "block_length": 4}
+
+
+def generate(inputs: Any, model: Any = None, **kwargs: Any) -> GenerationOutput:
+    return generation.generate(model or ToyModel(), inputs, **{**SHORT, **kwargs})
+
+
+def test_forms_of_inputs() -> None:
+    """A list, a tensor, a batch of one, and padding on either side are the same prompt."""
+    want = generate([1, 2, 3])[0].tolist()
+    assert isinstance(generate([1, 2, 3]).num_forwards, int)
+    assert generate(torch.tensor([1, 2, 3]))[0].tolist() == want
+    assert generate(torch.tensor([[1, 2, 3]], dtype=torch.int32))[0].tolist() == want
+    padded, real = torch.tensor([[46, 46, 1, 2, 3], [1, 2, 3, 46, 46]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    out = generate(padded, attention_mask=real)
+    assert [t.tolist() for t in out] == [want, want] and len(out.num_forwards) == 2  # type: ignore[arg-type]
+    out = generate([torch.tensor([1, 2, 3]), [4]])
+    assert out[0].tolist() == want and out[1].tolist() == generate([4])[0].tolist()
+    assert len(out) == 2 and [t.tolist() for t in out[0:1]] == [want] and out[0].dtype == torch.int64
+    assert out.tokens_per_forward == sum(len(t) for t in out) / sum(out.num_forwards)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kwargs", "message"),
+    [
+        ([], {}, "inputs: expected at least one prompt, got an empty batch"),
+        (torch.zeros(0, 3, dtype=torch.int64), {}, "inputs: expected at least one prompt"),
+        ([[]], {}, "inputs: expected at least one token, got an empty prompt"),
+        ([[1], []], {}, r"inputs\[1\]: expected at least one token"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), {}, r"inputs: expected shape \[S\] or \[B, S\], got \(2, 2, 2\)"),
+        ([1, 47], {}, "inputs: expected a prompt without the mask token 47, got one at position 1"),
+        ([[1], [2, 48]], {}, r"inputs\[1\]: expected token ids in \[0, 48\), got 48 at position 1"),
+        ([-1], {}, r"inputs: expected token ids in \[0, 48\), got -1 at position 0"),
+        (torch.ones(1, 3).long(), {"attention_mask": torch.ones(3)}, r"attention_mask: expected shape \(1, 3\)"),
+        (torch.ones(1, 3).long(), {"attention_mask": torch.tensor([[1, 0, 1]])}, r"attention_mask\[0\].*holes"),
+        (torch.ones(1, 3).long(), {"attention_mask": torch.zeros(1, 3)}, r"attention_mask\[0\].*got none"),
+        ([[1]], {"attention_mask": torch.ones(1, 1)}, "attention_mask: expected None for a list"),
+        ([1], {"threshold": 1.5}, r"threshold: expected a number in \[0, 1\], got 1.5"),
+        ([1], {"threshold": float("nan")}, "threshold: .*got nan"),
+        ([1], {"threshold": -0.1}, "threshold: .*got -0.1"),
+        ([1], {"editing_threshold": 2.0}, r"editing_threshold: expected a number in \[0, 1\], got 2.0"),
+        ([1], {"editing_threshold": -1.0}, "editing_threshold: .*got -1.0"),
+        ([1], {"gen_length": 0}, "gen_length: expected at least 1, got 0"),
+        ([1], {"block_length": 0}, "block_length: expected at least 1, got 0"),
+        ([1], {"steps": 0}, "steps: expected at least 1, got 0"),
+        ([1], {"minimal_topk": 9}, "minimal_topk: expected at most gen_length = 8 .*got 9"),
+        ([1], {"minimal_topk": 0}, "minimal_topk: expected at least 1, got 0"),
+        ([1], {"temperature": -1.0}, "temperature: .*got -1.0"),
+        ([1], {"temperature": float("inf")}, "temperature: .*got inf"),
+        ([1], {"top_k": -1}, "top_k: .*got -1"),
+        ([1], {"top_p": 0.0}, "top_p: .*got 0.0"),
+        ([1], {"max_batch": 0}, "max_batch: expected at least 1, got 0"),
+        ([1], {"seed": -1}, r"seed: expected numbers in \[0, 2\*\*63\), got -1"),
+        ([1], {"seed": [1, 2]}, r"seed: expected one number or one per prompt \(1\), got 2"),
+        ([1], {"mask_id": 48}, r"mask_id: expected an id in \[0, 48\), got 48"),
+        ([1], {"eos_id": 47}, "eos_id: expected another id than mask_id, got 47 for both"),
+        ([1], {"editing_threshold": 0.5, "num_to_transfer": 0}, "num_to_transfer: expected at least 1, got 0"),
+        ([1], {"editing_threshold": 0.5, "max_post_steps": -1}, "max_post_steps: expected at least 0, got -1"),
+        ([1], {"num_to_transfer": 2}, "num_to_transfer: expected no value, decoding 'llada2.0' does not use it, got 2"),
+        ([1], {"decoding": "llada2.0", "editing_threshold": 0.5}, "editing_threshold: expected no value"),
+        ([1], {"cfg_scale": 1.0}, "cfg_scale: expected no value"),
+        ([1], {"remasking": "random"}, "remasking: expected no value"),
+        ([1], {"decoding": "best"}, "decoding: expected one of llada2.0, .*got 'best'"),
+        ([1], {"decoding": LLaDA20(), "threshold": 0.5}, "decoding: .*got also threshold"),
+        ([1], {"decoding": "low_confidence", "threshold": 0.5}, "threshold: expected no value"),
+        ([1], {"decoding": "low_confidence", "remasking": "high"}, "remasking: expected 'low_confidence' or 'random', got 'high'"),
+        ([1], {"decoding": "low_confidence", "gen_length": 9}, "gen_length: expected a multiple of block_length = 4, got 9"),
+        ([1], {"decoding": "low_confidence", "steps": 7}, "steps: expected a multiple of the 2 blocks .*got 7"),
+        ([1], {"decoding": "low_confidence", "cfg_scale": -1.0}, "cfg_scale: .*got -1.0"),
+    ],
+)  # fmt: skip
+def test_bad_values(inputs: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(inputs, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kwargs", "message"),
+    [
+        ("text", {}, "inputs: expected a tensor or a list of prompts, got str"),
+        ([["a"]], {}, r"inputs\[0\]: expected a tensor or a list of integers, got list"),
+        (torch.ones(1, 3), {}, "inputs: expected integer token ids, got torch.float32"),
+        ([1], {"gen_length": 8.0}, "gen_length: expected an int, got float"),
+        ([1], {"decoding": LLaDA20}, "decoding: expected the name of a rule or a rule object"),
+        (torch.ones(1, 3).long(), {"attention_mask": [[1, 1, 1]]}, "attention_mask: expected a tensor, got list"),
+    ],
+)
+def test_bad_types(inputs: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        generate(inputs, **kwargs)
+
+
+def test_bad_models() -> None:
+    causal = ToyModel()
+    causal.config.causal = True
+    with pytest.raises(ValueError, match="model: expected a diffusion model, got a causal one"):
+        generate([1], causal)
+    broken = ToyModel()
+    broken.edit_logits = lambda logits: logits.index_fill(-1, torch.tensor([3]), float("nan"))
+    with pytest.raises(ValueError, match=r"NaN in row 0, position 0 \(the rows of this step are \[0, 1\]\)"):
+        generate([[1], [2]], broken)
+
+
+def test_the_rule_that_family_and_arguments_choose() -> None:
+    assert resolve_rule("llada2", None, {}) == LLaDA20(threshold=0.95, steps=32, minimal_topk=1, eos_early_stop=False)
+    assert resolve_rule("llada2", None, {"editing_threshold": None}) == LLaDA20()
+    assert resolve_rule("llada2", None, {"editing_threshold": 0.0, "steps": 16}) == LLaDA21(0.0, None, None, None, None, 0.95, 0.0, 16, 1)
+    assert resolve_rule("llada2", "llada2.1", {}) == LLaDA21(threshold=0.95, editing_threshold=0.9)
+    assert resolve_rule("llada2", "llada2.1", {"editing_threshold": None}).editing_threshold is None  # type: ignore[attr-defined]
+    assert resolve_rule("llada2", "quality", {}) == LLaDA21(threshold=0.7, editing_threshold=0.5)
+    assert resolve_rule("llada2", "speed", {"threshold": 0.6}) == LLaDA21(threshold=0.6, editing_threshold=0.0)
+    assert resolve_rule("lladamoe", None, {}) == LowConfidence(steps=128, remasking="low_confidence", cfg_scale=0.0)
+    assert LLaDA20(minimal_topk=4).bind(mask_id=1, eos_id=2, gen_length=64, block_length=32).steps == 16
+
+
+def test_default_lengths() -> None:
+    """2048 tokens in blocks of 32 for LLaDA2, 128 in one block for LLaDA-MoE; an EOS ends the row long before."""
+    model = ToyModel(family="llada2")
+    model.edit_logits = lambda logits: torch.zeros_like(logits).index_fill(-1, torch.tensor([46]), 50.0)
+    shapes: list[int] = []
+    generation.generate(model, [1, 2], on_step=lambda row, start, tokens: shapes.append(len(tokens)))
+    assert shapes == [32] and model.packed_tokens == [32]
+    moe = ToyModel(family="lladamoe")
+    moe.edit_logits = model.edit_logits
+    shapes.clear()
+    out = generation.generate(moe, [1, 2], on_step=lambda row, start, tokens: shapes.append(len(tokens)))
+    assert shapes == [128] * 128 and moe.packed_tokens == [130] * 128 and out[0].tolist() == [46]
+
+
+def test_where_the_ids_come_from() -> None:
+    config = SimpleNamespace(vocab_size=160000, mask_token_id=None, eos_token_id=None)
+    assert special_ids(SimpleNamespace(config=config), None, None) == (156895, 156892)
+    config.mask_token_id, config.eos_token_id = 10, 11
+    assert special_ids(SimpleNamespace(config=config), None, None) == (10, 11)
+    both = SimpleNamespace(config=config, generation_config={"mask_token_id": 20, "eos_token_id": [21, 22]})
+    assert special_ids(both, None, None) == (20, 21)
+    both.generation_config = SimpleNamespace(eos_token_id=23)
+    assert special_ids(both, None, None) == (10, 23)
+    assert special_ids(both, 5, -1) == (5, -1)
+    out = generate([1, 2], decoding=LLaDA20(threshold=0.1, mask_id=40, eos_id=-1))
+    assert not (out[0] == 40).any() and len(out[0]) == 8

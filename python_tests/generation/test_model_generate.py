@@ -1,0 +1,79 @@
+"""The real Model: cached and batched generation against the plain loops on random tiny models; bf16 runs."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from llada_kernels import Config, Model, generation
+
+from .toy import engine_rows, plain_rows, random_case
+
+
+def random_model(seed: int, vocab: int, family: str, dtype: torch.dtype = torch.float32) -> Model:
+    """A model of a random small shape, its logits spread enough that thresholds matter."""
+    draw = random.Random(seed)
+    kv, group = draw.choice([(1, 1), (1, 2), (2, 2)])
+    head_dim, layers = draw.choice([8, 16]), draw.randint(1, 3)
+    common: dict[str, Any] = {
+        "vocab_size": vocab, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": kv * group,
+        "num_key_value_heads": kv, "head_dim": head_dim, "rope_theta": 10000.0, "intermediate_size": 48,
+        "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "mask_token_id": vocab - 1,
+        "eos_token_id": vocab - 2, "initializer_range": 0.3,
+    }  # fmt: skip
+    if family == "lladamoe":
+        own: dict[str, Any] = {
+            "rotary_dim": head_dim, "moe_layers": (True,) * layers, "family": "lladamoe", "score_function": "softmax",
+            "norm_topk_prob": False, "router_dtype": "model", "expert_bias": False,
+        }  # fmt: skip
+    else:
+        own = {
+            "rotary_dim": head_dim // 2, "moe_layers": (False, *[True] * (layers - 1)), "n_group": 4, "topk_group": 2,
+            "shared_expert_intermediate_size": 16, "routed_scaling_factor": 2.5,
+        }  # fmt: skip
+    torch.manual_seed(seed)
+    return Model(Config(**common, **own)).to(dtype).eval()
+
+
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_200_random_draws_equal_the_plain_loops(first: int) -> None:
+    """Model, prompts, block length, rule, threshold, sampling and batch at random, fp32: tokens and forwards of every row."""
+    for seed in range(first, first + 25):
+        case = random_case(random.Random(1000 + seed))
+        rule = case["args"]["decoding"]
+        model = random_model(seed, case["vocab"], "lladamoe" if rule == "low_confidence" else "llada2")
+        for (want, official), (got, forwards) in zip(plain_rows(model, case), engine_rows(model, case), strict=True):
+            assert got == want, (seed, case)
+            goes_on_after_eos = rule != "llada2.0" and case["eos_id"] in want
+            assert forwards == official or (goes_on_after_eos and forwards < official), (seed, case)
+
+
+@pytest.mark.parametrize("decoding", ["llada2.0", "llada2.1"])
+def test_bf16(decoding: str) -> None:
+    """In bf16 the cache holds bf16, tokens are valid, and the first block, where nothing has diverged, mostly agrees."""
+    same = total = 0
+    for seed in range(4):
+        model = random_model(seed, 48, "llada2", torch.bfloat16)
+        case = random_case(random.Random(seed), decoding)
+        case |= {"vocab": 48, "prompts": [[1, 2, 3, 4, 5]], "eos_id": -1}
+        case["args"] |= {"block_length": 8, "gen_length": 8, "temperature": 0.0, "threshold": 0.5}
+        (want, _), (got, _) = plain_rows(model, case)[0], engine_rows(model, case)[0]
+        assert len(got) == 8 and max(got) < 47
+        same, total = same + sum(a == b for a, b in zip(want, got, strict=True)), total + 8
+    assert same >= total // 2
+
+
+def test_generate_is_a_method_of_the_model() -> None:
+    """``model.generate`` takes the official arguments, finds its ids in the config, and leaves no trace in the model."""
+    model = random_model(3, 48, "llada2")
+    before = set(model.state_dict())
+    prompt = torch.tensor([[5, 6, 7]])
+    out = model.generate(prompt, gen_length=20, block_length=8, steps=8, threshold=0.9, temperature=0.0)
+    assert out[0].tolist() == generation.generate(model, prompt, gen_length=20, block_length=8, steps=8, threshold=0.9)[0].tolist()
+    assert isinstance(out.num_forwards, int) and set(model.state_dict()) == before
+    assert not out[0].requires_grad and not out[0].is_inference()
+    with pytest.raises(ValueError, match="mask token 47"):
+        model.generate(torch.tensor([[5, 47]]))
