@@ -18,11 +18,11 @@ from .config import read_json_object
 __all__ = ["CheckpointError", "TensorInfo", "find_tensors", "replace_file", "write_safetensors"]
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-_MAX_HEADER_BYTES, _MAX_INDEX_BYTES = 16 << 20, 64 << 20
+_MAX_HEADER_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20
 _MAX_DIMS = 8
 _SHOWN_PROBLEMS = 200
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 PARTIAL_SUFFIX = ".partial"
 
 #: Bytes of one element by the dtype names of the format.
@@ -110,14 +110,14 @@ def _nothing_found(directory: Path) -> str:
 
 def _read_index(index: Path, problems: list[str]) -> dict[str, str]:
     try:
-        weight_map = read_json_object(index, _MAX_INDEX_BYTES).get("weight_map")
+        weight_map = read_json_object(index, MAX_INDEX_BYTES).get("weight_map")
     except ValueError as error:
         raise CheckpointError(index.parent, [str(error)]) from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index.parent, [f"{INDEX_NAME}: weight_map: expected a non-empty object, got {weight_map!r:.80}"])
     good: dict[str, str] = {}
     for tensor, name in weight_map.items():
-        if isinstance(name, str) and _SHARD_NAME.fullmatch(name):
+        if isinstance(name, str) and SHARD_NAME.fullmatch(name):
             good[tensor] = name
         else:  # a separator could lead out of the directory; another suffix is not safetensors
             problems.append(f"{INDEX_NAME}: weight_map[{tensor!r}]: expected the plain name of a .safetensors file, got {name!r:.120}")

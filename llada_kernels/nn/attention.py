@@ -1,0 +1,61 @@
+"""Self-attention of the family: fused QKV, per-head norms, partial rotary embedding, grouped KV heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..masks import DiffusionMask
+from ..ops.block_attention import block_attention
+from ..ops.cached_block_attention import cached_block_attention
+from ..ops.rope import rope
+from .norm import RMSNorm
+
+__all__ = ["Attention"]
+
+
+class Attention(nn.Module):
+    """Attention over packed tokens.
+
+    The rows of ``qkv`` are all query heads, then all key heads, then all value heads, as in the official checkpoints.
+    """
+
+    def __init__(self, config: Config, layer: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, config.qkv_size, config.use_qkv_bias, device, dtype)
+        self.dense = nn.Linear(width, config.hidden_size, config.use_bias, device, dtype)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device) if config.use_qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device) if config.use_qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: DiffusionMask | Tensor, cache: Any = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [T, hidden_size], dtype of the weights.
+            cos, sin: [T, rotary_dim], dtype of x.
+            mask: visibility of the T tokens; of kind "cached" exactly when there is a cache.
+            cache: a KVCache whose pages hold the context. New keys and values are recorded in it, not written.
+
+        Returns:
+            [T, hidden_size], dtype of x.
+
+        Precision: norms before the rotation; scores scaled by 1 / sqrt(head_dim); softmax in fp32.
+        Determinism: bitwise repeatable.
+        """
+        q, k, v = self.qkv(x).view(x.shape[0], sum(self.heads), self.head_dim).split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        if cache is None:
+            out = block_attention(q, k, v, mask)
+        else:
+            out = cached_block_attention(q, k, v, cache.keys[self.layer], cache.values[self.layer], cache.page_table, mask)
+            cache.record(self.layer, k, v)
+        return self.dense(out.reshape(x.shape[0], -1))

@@ -1,0 +1,58 @@
+"""One pre-norm layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..masks import DiffusionMask
+from .attention import Attention
+from .moe import GatedMLP, MoE, RouterOutput
+from .norm import RMSNorm
+
+__all__ = ["Block"]
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h)); the MLP is dense or a mixture of experts."""
+
+    def __init__(self, config: Config, layer: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.attention = Attention(config, layer, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp: MoE | GatedMLP
+        if config.moe_layers[layer]:
+            self.mlp = MoE(config, dtype, device)
+        else:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, device)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: DiffusionMask | Tensor,
+        cache: Any = None,
+        router_outputs: dict[int, RouterOutput] | None = None,
+    ) -> Tensor:
+        """[T, hidden_size] -> the same. Arguments as :class:`Attention`; a router's output goes to ``router_outputs[layer]``.
+
+        Precision: sums and norms rounded in the dtype of x.
+        Determinism: bitwise repeatable.
+        """
+        x = x + self.attention(self.input_layernorm(x), cos, sin, mask, cache)
+        y = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, GatedMLP):
+            return x + self.mlp(y)
+
+        def record(output: RouterOutput) -> None:
+            if router_outputs is not None:
+                # A dict, so that gradient checkpointing, which runs this twice, does not count twice.
+                router_outputs[self.layer] = output
+
+        return x + self.mlp(y, record)
