@@ -5,4 +5,30 @@ STABLE_TORCH_LIBRARY(llada_kernels, m) {
   m.def("cpu_level() -> str");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
   m.def("rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  m.def("rope_backward(Tensor grad_y, Tensor cos, Tensor sin) -> Tensor");
+  m.def(
+      "threshold_unmask(Tensor logits, Tensor tokens, int mask_token_id, Tensor threshold, Tensor? editing_threshold, "
+      "Tensor min_unmask, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? seed, Tensor? editable, Tensor? positions, "
+      "Tensor? forward_index) -> (Tensor new_tokens, Tensor confidence, Tensor counts)");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad_y, Tensor gate_up) -> Tensor");
+  m.def(
+      "moe_routing(Tensor logits, Tensor? expert_bias, int top_k, int n_group, int topk_group, float scale, bool softmax, "
+      "bool normalize, int block_size, int expert_capacity) -> (Tensor topk_ids, Tensor topk_weights, Tensor offsets, "
+      "Tensor permutation)");
+  m.def(
+      "moe_routing_backward(Tensor grad_weights, Tensor logits, Tensor topk_ids, float scale, bool softmax, bool normalize) "
+      "-> Tensor");
+  m.def("grouped_gemm(Tensor a, Tensor b, Tensor offsets) -> Tensor");
+  m.def(
+      "grouped_gemm_backward(Tensor grad, Tensor a, Tensor b, Tensor offsets, bool need_a, bool need_b) "
+      "-> (Tensor grad_a, Tensor grad_b)");
+  m.def(
+      "moe_mlp(Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor w_gate_up, Tensor w_down, bool save) "
+      "-> (Tensor out, Tensor pre_activation)");
+  m.def(
+      "moe_mlp_backward(Tensor grad_out, Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor w_gate_up, "
+      "Tensor w_down, Tensor pre_activation, bool need_x, bool need_w_gate_up, bool need_w_down) "
+      "-> (Tensor grad_x, Tensor grad_topk_weights, Tensor grad_w_gate_up, Tensor grad_w_down)");
 }

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
-from . import reference
+from . import native, reference
 
 __all__ = ["BACKENDS", "check_offsets", "grouped_gemm"]
 
-BACKENDS = (reference.BACKEND,)
+BACKENDS = (native.BACKEND, reference.BACKEND)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,16 +25,10 @@ def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
         return
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != rows:
-        raise ValueError(
-            f"{name}: expected to start at 0 and end at {rows} (the number of rows), "
-            f"got {values[0]} and {values[-1]}"
-        )
+        raise ValueError(f"{name}: expected to start at 0 and end at {rows} (the number of rows), got {values[0]} and {values[-1]}")
     for i in range(1, len(values)):
         if values[i] < values[i - 1]:
-            raise ValueError(
-                f"{name}: expected rising values, got {values[i - 1]} before {values[i]} "
-                f"at index {i}"
-            )
+            raise ValueError(f"{name}: expected rising values, got {values[i - 1]} before {values[i]} at index {i}")
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:

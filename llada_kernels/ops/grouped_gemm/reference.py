@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,7 @@ def _loop(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     # full-sized zero tensor per expert.
     counts = offsets.diff().tolist()
     pairs = list(zip(a.split(counts), b.unbind(0), strict=True))
-    return torch.cat(
-        [rows @ weight.mT for rows, weight in pairs if rows.shape[0]]
-        or [pairs[0][0] @ pairs[0][1].mT]
-    )
+    return torch.cat([rows @ weight.mT for rows, weight in pairs if rows.shape[0]] or [pairs[0][0] @ pairs[0][1].mT])
 
 
 # The loop's trip counts are data, which torch.compile cannot trace: there it is one opaque operator
@@ -47,11 +46,11 @@ def _(grad: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
     return torch.empty_like(a), torch.empty_like(b)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_loop_backward_op(grad, *ctx.saved_tensors), None
 
 

@@ -9,16 +9,14 @@ from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
 from ..grouped_gemm import FLOATS, check_offsets
 from ..moe_routing.routing import Routing
-from . import reference
+from . import native, reference
 
 __all__ = ["BACKENDS", "moe_mlp"]
 
-BACKENDS = (reference.BACKEND,)
+BACKENDS = (native.BACKEND, reference.BACKEND)
 
 
-def moe_mlp(
-    x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, backend: str | None = None
-) -> Tensor:
+def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, backend: str | None = None) -> Tensor:
     """Sum over each token's chosen experts of weight * down(silu(gate(x)) * up(x)).
 
     Args:
@@ -54,10 +52,7 @@ def moe_mlp(
     check_same("w_gate_up", w_gate_up, "x", x)
     check_same("w_down", w_down, "x", x)
     if experts < 1 or w_gate_up.shape[1] != 2 * width:
-        raise ValueError(
-            "w_gate_up: expected shape (E, 2I, H) with E of at least 1, "
-            f"got {tuple(w_gate_up.shape)}"
-        )
+        raise ValueError(f"w_gate_up: expected shape (E, 2I, H) with E of at least 1, got {tuple(w_gate_up.shape)}")
     check_shape("w_gate_up", w_gate_up, experts, 2 * width, hidden)
     check_shape("w_down", w_down, experts, hidden, width)
     check_tensor("routing.topk_ids", routing.topk_ids, 2, (torch.int32,))
@@ -68,10 +63,7 @@ def moe_mlp(
         check_same(f"routing.{name}", part, "x", x, dtype=False)
     top_k = routing.topk_ids.shape[1]
     if top_k < 1:
-        raise ValueError(
-            "routing.topk_ids: expected at least one expert per token, "
-            f"got shape {tuple(routing.topk_ids.shape)}"
-        )
+        raise ValueError(f"routing.topk_ids: expected at least one expert per token, got shape {tuple(routing.topk_ids.shape)}")
     check_shape("routing.topk_ids", routing.topk_ids, tokens, None)
     check_shape("routing.topk_weights", routing.topk_weights, tokens, top_k)
     check_shape("routing.offsets", routing.offsets, experts + 1)

@@ -18,9 +18,7 @@ def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> T
     slots = routing.permutation.long()
     gate, up = grouped_gemm(x[slots // top_k], w_gate_up, routing.offsets).chunk(2, -1)
     rows = grouped_gemm(silu(gate) * up, w_down, routing.offsets)
-    place = torch.empty_like(slots).scatter_(
-        0, slots, torch.arange(slots.shape[0], device=slots.device)
-    )
+    place = torch.empty_like(slots).scatter_(0, slots, torch.arange(slots.shape[0], device=slots.device))
     choices = rows[place].view(tokens, top_k, x.shape[1]).to(compute_dtype(x)).unbind(1)
     weights = routing.topk_weights.to(compute_dtype(x)).unsqueeze(-1).unbind(1)
     out = choices[0] * weights[0]

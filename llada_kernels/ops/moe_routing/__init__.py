@@ -7,12 +7,12 @@ from torch import Tensor
 
 from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
-from . import reference
+from . import native, reference
 from .routing import Routing
 
 __all__ = ["BACKENDS", "Routing", "moe_routing"]
 
-BACKENDS = (reference.BACKEND,)
+BACKENDS = (native.BACKEND, reference.BACKEND)
 
 
 def moe_routing(
@@ -76,34 +76,23 @@ def moe_routing(
     if score not in ("sigmoid", "softmax"):
         raise ValueError(f"score: expected 'sigmoid' or 'softmax', got {score!r}")
     if n_group < 1 or experts % n_group:
-        raise ValueError(
-            f"n_group: expected a divisor of {experts} (the number of experts), got {n_group}"
-        )
+        raise ValueError(f"n_group: expected a divisor of {experts} (the number of experts), got {n_group}")
     if not 1 <= topk_group <= n_group:
         raise ValueError(f"topk_group: expected 1 to {n_group} (n_group), got {topk_group}")
     if n_group > 1 and experts // n_group < 2:
-        raise ValueError(
-            f"n_group: expected at least two experts per group, got {n_group} groups "
-            f"of {experts // n_group}"
-        )
+        raise ValueError(f"n_group: expected at least two experts per group, got {n_group} groups of {experts // n_group}")
     if topk_group * (experts // n_group) < top_k:
         raise ValueError(
-            f"topk_group: expected groups with at least {top_k} experts (top_k), got {topk_group} "
-            f"of {experts // n_group} experts each"
+            f"topk_group: expected groups with at least {top_k} experts (top_k), got {topk_group} of {experts // n_group} experts each"
         )
     if block_pool is not None:
         block_size, capacity = block_pool
         if n_group != 1:
             raise ValueError(f"n_group: expected 1 together with block_pool, got {n_group}")
         if block_size < 1 or tokens % block_size:
-            raise ValueError(
-                f"block_pool: expected a block size that divides {tokens} tokens, got {block_size}"
-            )
+            raise ValueError(f"block_pool: expected a block size that divides {tokens} tokens, got {block_size}")
         if not top_k <= capacity <= experts:
-            raise ValueError(
-                f"block_pool: expected an expert capacity of {top_k} (top_k) to {experts}, "
-                f"got {capacity}"
-            )
+            raise ValueError(f"block_pool: expected an expert capacity of {top_k} (top_k) to {experts}, got {capacity}")
         block_pool = (int(block_size), int(capacity))
     return run(
         "moe_routing",

@@ -19,12 +19,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def _only(scores: Tensor, keep: Tensor) -> Tensor:
     """``scores`` [R, N, ...] with -inf wherever the second index is not among ``keep`` [R,
     count]."""
-    allowed = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device).scatter(
-        1, keep, True
-    )
-    return scores.masked_fill(
-        ~allowed.view(*allowed.shape, *[1] * (scores.ndim - 2)), float("-inf")
-    )
+    allowed = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device).scatter(1, keep, True)
+    return scores.masked_fill(~allowed.view(*allowed.shape, *[1] * (scores.ndim - 2)), float("-inf"))
 
 
 def moe_routing(

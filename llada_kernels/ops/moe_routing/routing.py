@@ -50,23 +50,16 @@ class Routing(NamedTuple):
                 tensors outside torch.compile; elsewhere such an id is the caller's error).
         """
         check_tensor("ids", ids, 2, (torch.int32, torch.int64, torch.int16, torch.uint8))
-        check_tensor(
-            "weights", weights, 2, (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        )
+        check_tensor("weights", weights, 2, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
         check_same("weights", weights, "ids", ids, dtype=False)
         if ids.shape != weights.shape:
-            raise ValueError(
-                f"weights: expected shape {tuple(ids.shape)} (that of ids), "
-                f"got {tuple(weights.shape)}"
-            )
+            raise ValueError(f"weights: expected shape {tuple(ids.shape)} (that of ids), got {tuple(weights.shape)}")
         if num_experts < 1:
             raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in ids.aminmax())
             if low < 0 or high >= num_experts:
-                raise ValueError(
-                    f"ids: expected values in [0, {num_experts}), got {low if low < 0 else high}"
-                )
+                raise ValueError(f"ids: expected values in [0, {num_experts}), got {low if low < 0 else high}")
         ids = ids.to(torch.int32)
         weights = weights.to(torch.promote_types(torch.float32, weights.dtype))
         return Routing(ids, weights, *sort_by_expert(ids, num_experts))
