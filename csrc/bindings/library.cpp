@@ -31,4 +31,14 @@ STABLE_TORCH_LIBRARY(llada_kernels, m) {
       "moe_mlp_backward(Tensor grad_out, Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor w_gate_up, "
       "Tensor w_down, Tensor pre_activation, bool need_x, bool need_w_gate_up, bool need_w_down) "
       "-> (Tensor grad_x, Tensor grad_topk_weights, Tensor grad_w_gate_up, Tensor grad_w_down)");
+  m.def(
+      "block_attention(Tensor q, Tensor k, Tensor v, Tensor context, Tensor own, Tensor tiles, Tensor order, Tensor key_offsets, "
+      "Tensor key_runs, Tensor key_order, int block_n, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "block_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor context, Tensor own, "
+      "Tensor tiles, Tensor order, Tensor key_offsets, Tensor key_runs, Tensor key_order, int block_n, float scale) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "cached_block_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor cache_k, Tensor cache_v, Tensor page_table, Tensor own, "
+      "Tensor tiles, Tensor order, Tensor rows, float scale) -> Tensor");
 }

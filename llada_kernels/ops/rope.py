@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_same, check_shape, check_tensor
+from .. import _library
+from ._common import check_same, check_shape, check_tensor, native_reason
 from .dispatch import Backend, run
 
 __all__ = ["rope", "rope_tables"]
@@ -88,4 +89,40 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, passing), dim=-1)
 
 
-BACKENDS = (Backend("reference", lambda *_: None, _reference),)
+def _native_supports(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    if cos.requires_grad or sin.requires_grad:
+        return "native treats cos and sin as constants, one of them requires a gradient"
+    return native_reason(x, cos, sin)
+
+
+def _native(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y: Tensor = torch.ops.llada_kernels.rope(x.contiguous(), cos.contiguous(), sin.contiguous())
+    return y
+
+
+if _library.load_error is None:
+
+    @torch.library.register_fake("llada_kernels::rope")
+    def _fake(x, cos, sin):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("llada_kernels::rope_backward")
+    def _fake_backward(grad_y, cos, sin):  # type: ignore[no-untyped-def]
+        return torch.empty_like(grad_y)
+
+    def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[1:])
+
+    def _backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return torch.ops.llada_kernels.rope_backward(grad_y.contiguous(), cos, sin), None, None
+
+    torch.library.register_autograd(
+        "llada_kernels::rope", _backward, setup_context=_setup_context
+    )
+
+
+BACKENDS = (
+    Backend("native", _native_supports, _native),
+    Backend("reference", lambda *_: None, _reference),
+)

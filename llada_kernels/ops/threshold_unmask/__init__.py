@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
-from . import reference
+from . import native, reference
 
 __all__ = ["Unmasked", "threshold_unmask"]
 
@@ -203,4 +203,4 @@ def _whole(value: float, integral: bool) -> bool:
     return not integral or isinstance(value, int)
 
 
-BACKENDS = (reference.BACKEND,)
+BACKENDS = (native.BACKEND, reference.BACKEND)

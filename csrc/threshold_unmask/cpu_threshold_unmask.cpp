@@ -1,0 +1,299 @@
+// Compiled with -ffp-contract=off: a fused multiply-add would change the last bit of a probability and with it, rarely, a token.
+#include <algorithm>
+#include <vector>
+
+#include "threshold_unmask/params.h"
+
+#include "common/simd.h"
+
+namespace llada::LLADA_CPU_LEVEL {
+namespace {
+
+constexpr int kHalf = kLanes / 2;
+using HalfVec = float __attribute__((vector_size(4 * kHalf)));
+using VecD = double __attribute__((vector_size(8 * kHalf)));
+using VecL = int64_t __attribute__((vector_size(8 * kHalf)));
+
+constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves an integer in the low bits
+
+inline VecD splat_double(double x) { return x - VecD{}; }
+
+// e^z for z <= 0, e^-64 for anything smaller: the operations of `exponential` in reference.py, one by one.
+inline VecD exponential(VecD z) {
+  const VecD low = splat_double(-64.0);
+  z = z > low ? z : low;
+  const VecD shifted = z * 1.4426950408889634 + kRound;
+  const VecD k = shifted - kRound;
+  const VecD r = (z - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+  VecD p = splat_double(1.0 / 39916800);
+  for (double coefficient : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
+    p = p * r + coefficient;
+  const VecL exponent = (VecL)shifted - (VecL)splat_double(kRound);
+  return p * (VecD)((exponent + 1023) << 52);
+}
+
+inline double exponential(double z) { return exponential(splat_double(z))[0]; }
+
+// 1.5 * 2^e with 2^e > vocab: adding and subtracting it leaves multiples of a unit of which `vocab` terms add up exactly.
+inline double grid_constant(int64_t vocab) {
+  int bits = 2;
+  while (bits < 62 && (vocab >> bits) != 0) ++bits;
+  return 1.5 * double(int64_t(1) << bits);
+}
+
+inline double reduce_add(VecD v) {
+  double sum = v[0];
+  for (int i = 1; i < kHalf; ++i) sum += v[i];
+  return sum;
+}
+
+// f(index, z) over a row in vectors of kHalf, the tail filled with -inf; z = (x - top) / temperature.
+template <class T, class F>
+inline void each_exponent(const T* x, int64_t vocab, float top, double temperature, F&& f) {
+  for (int64_t i = 0; i < vocab; i += kLanes) {
+    const Vec v = vocab - i >= kLanes ? load(x + i) : load_partial(x + i, vocab - i, -std::numeric_limits<float>::infinity());
+    HalfVec halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    for (int h = 0; h < 2; ++h) {
+      VecD z = __builtin_convertvector(halves[h], VecD) - double(top);
+      if (temperature != 1.0) z = z / temperature;
+      f(i + h * kHalf, z);
+    }
+  }
+}
+
+struct Best {
+  float value = -std::numeric_limits<float>::infinity();
+  int64_t index = -1;
+  bool nan = false;
+};
+
+// The largest of x[begin, end), lowest index among equals, merged into `best`.
+template <class T>
+void find_best(const T* x, int64_t begin, int64_t end, Best& best) {
+  constexpr int64_t kBlock = 64 * kLanes;
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int64_t n = std::min(kBlock, end - b), main = n / kLanes * kLanes;
+    Vec largest = splat(-std::numeric_limits<float>::infinity());
+    VecI nan{};
+    for (int64_t i = 0; i < main; i += kLanes) {
+      const Vec v = load(x + b + i);
+      nan |= v != v;
+      largest = vmax(v, largest);
+    }
+    float value = reduce_max(largest);
+    for (int64_t i = main; i < n; ++i) {
+      const float v = to_float(x[b + i]);
+      best.nan |= v != v;
+      value = v > value ? v : value;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) best.nan |= nan[lane] != 0;
+    if (value > best.value) {
+      best.value = value;
+      best.index = b;
+      while (to_float(x[best.index]) != value) ++best.index;
+    }
+  }
+}
+
+// The first two words of Philox4x32-10 as a number in [0, 1).
+inline double philox_uniform(uint64_t seed, uint64_t position, uint64_t forward_index) {
+  uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), uint32_t(forward_index), uint32_t(forward_index >> 32)};
+  uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t first = uint64_t(c[0]) * 0xD2511F53u, second = uint64_t(c[2]) * 0xCD9E8D57u;
+    const uint32_t c0 = uint32_t(second >> 32) ^ c[1] ^ key[0], c2 = uint32_t(first >> 32) ^ c[3] ^ key[1];
+    c[0] = c0, c[1] = uint32_t(second), c[2] = c2, c[3] = uint32_t(first);
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+  return double(int64_t((uint64_t(c[0]) << 21) | (c[1] >> 11))) * 0x1p-53;
+}
+
+// A prefix of the ids sorted by logit, largest first, lowest id first among equals: every id above `key`, and the first `ties` at it.
+struct Prefix {
+  uint32_t key = 0;
+  int64_t ties = 0;
+  double mass = 0;  // of the whole prefix
+};
+
+// Order-preserving: the larger the float, the larger the key. -0 and +0 are equal.
+inline uint32_t order_key(float x) {
+  x += 0.f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+// The shortest non-empty prefix of at least `count` ids or of at least `mass` (whichever `by_count` says): a radix select, a byte at a time.
+template <class T>
+Prefix shortest_prefix(const T* x, const double* weight, int64_t vocab, bool by_count, int64_t count, double mass) {
+  int64_t count_above = 0;
+  double mass_above = 0;
+  uint32_t fixed = 0, fixed_bits = 0;
+  int64_t bin_counts[256];
+  double bin_masses[256];
+  int bin = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    std::fill(bin_counts, bin_counts + 256, 0);
+    std::fill(bin_masses, bin_masses + 256, 0.0);
+    for (int64_t i = 0; i < vocab; ++i) {
+      const uint32_t key = order_key(to_float(x[i]));
+      if ((key & fixed_bits) != fixed) continue;
+      ++bin_counts[(key >> shift) & 255];
+      bin_masses[(key >> shift) & 255] += weight[i];
+    }
+    for (bin = 255; bin > 0; --bin) {
+      if (bin_counts[bin] > 0 && (by_count ? count_above + bin_counts[bin] >= count : mass_above + bin_masses[bin] >= mass)) break;
+      count_above += bin_counts[bin];
+      mass_above += bin_masses[bin];
+    }
+    fixed |= uint32_t(bin) << shift;
+    fixed_bits |= 255u << shift;
+  }
+  // Sums of weights and multiples of one weight are exact (reference.py), so these comparisons are those of a cumulative sum.
+  const double one = bin_masses[bin] / double(std::max<int64_t>(bin_counts[bin], 1));
+  int64_t ties = 1;
+  if (by_count) {
+    ties = count - count_above;
+  } else {
+    while (ties < bin_counts[bin] && mass_above + double(ties) * one < mass) ++ties;
+  }
+  return {fixed, ties, mass_above + double(ties) * one};
+}
+
+struct Choice {
+  int64_t token;
+  float confidence;
+};
+
+inline float ratio(double part, double whole) { return float(part / whole); }
+
+template <class T>
+Choice greedy(const T* x, int64_t vocab, const Best& best, float top) {
+  const double snap = grid_constant(vocab);
+  VecD sum{};
+  each_exponent(x, vocab, top, 1.0, [&](int64_t, VecD z) { sum += (exponential(z) + snap) - snap; });
+  // Not rounded to the grid, so that a confidence is never 0.
+  return {best.index, ratio(exponential(double(best.value) - double(top)), reduce_add(sum))};
+}
+
+// Of whole vectors: the scratch is 0 behind the vocabulary.
+inline double block_sum(const double* weight, int64_t n) {
+  VecD sum{};
+  for (int64_t i = 0; i < n; i += kHalf) {
+    VecD v;
+    std::memcpy(&v, weight + i, sizeof v);
+    sum += v;
+  }
+  return reduce_add(sum);
+}
+
+// `weight` is scratch of vocab numbers, rounded up to whole vectors of kLanes.
+template <class T>
+Choice sample(const ThresholdUnmaskParams& p, int64_t row, const T* x, const Best& best, float top, double uniform, double* weight) {
+  const int64_t vocab = p.vocab;
+  const double snap = grid_constant(vocab);
+  each_exponent(x, vocab, top, p.temperature[row], [&](int64_t i, VecD z) {
+    const VecD w = (exponential(z) + snap) - snap;
+    std::memcpy(weight + i, &w, sizeof w);
+  });
+  const int64_t k = p.top_k == nullptr || p.top_k[row] == 0 ? vocab : std::min(p.top_k[row], vocab);
+  const double top_p = p.top_p == nullptr ? 1.0 : p.top_p[row];
+  if (k < vocab || top_p < 1.0) {
+    Prefix prefix;
+    if (k < vocab) prefix = shortest_prefix(x, weight, vocab, true, k, 0);
+    if (top_p < 1.0)
+      prefix = shortest_prefix(x, weight, vocab, false, 0, top_p * (k < vocab ? prefix.mass : block_sum(weight, vocab)));
+    int64_t ties = prefix.ties;
+    for (int64_t i = 0; i < vocab; ++i) {
+      const uint32_t key = order_key(to_float(x[i]));
+      if (key < prefix.key || (key == prefix.key && ties-- <= 0)) weight[i] = 0;
+    }
+  }
+  const double total = block_sum(weight, vocab);
+  weight[p.mask_token_id] = 0;
+  const double others = block_sum(weight, vocab);
+  if (others == 0) return {best.index, 0.f};
+  const double target = uniform * others;
+  constexpr int64_t kBlock = 1024;
+  double below = 0;
+  int64_t i = 0;
+  for (double sum; i + kBlock < vocab && below + (sum = block_sum(weight + i, kBlock)) <= target; i += kBlock) below += sum;
+  while ((below += weight[i]) <= target) ++i;
+  return {i, ratio(weight[i], total)};
+}
+
+template <class T>
+void choose_tokens(const ThresholdUnmaskParams& p, const Parallel& parallel) {
+  parallel.items(p.rows * p.length, [&](ItemQueue& queue) {
+    std::vector<double> scratch;
+    for (int64_t item; queue.next(item);) {
+      const int64_t row = item / p.length, column = item % p.length;
+      const T* x = static_cast<const T*>(p.logits) + item * p.vocab;
+      Best best;
+      find_best(x, 0, p.mask_token_id, best);
+      find_best(x, p.mask_token_id + 1, p.vocab, best);
+      const float mask_logit = to_float(x[p.mask_token_id]), top = std::max(best.value, mask_logit);
+      const bool nan = best.nan || mask_logit != mask_logit;
+      const float inf = std::numeric_limits<float>::infinity();
+      p.bad[item] = nan ? 'n' : top == inf ? 'i' : best.index < 0 ? 'e' : 0;
+      if (p.bad[item] != 0) continue;
+      Choice choice;
+      if (p.temperature != nullptr && p.temperature[row] > 0) {
+        scratch.resize(size_t(p.vocab + kLanes));
+        const int64_t position = p.positions != nullptr ? p.positions[item] : column;
+        const double uniform = philox_uniform(uint64_t(p.seed[row]), uint64_t(position), uint64_t(p.forward_index[row]));
+        choice = sample(p, row, x, best, top, uniform, scratch.data());
+      } else {
+        choice = greedy(x, p.vocab, best, top);
+      }
+      p.new_tokens[item] = choice.token;
+      p.confidence[item] = choice.confidence;
+    }
+  });
+}
+
+// Writes the tokens of one row: new_tokens holds the chosen ones and receives the result.
+void apply_rules(const ThresholdUnmaskParams& p, int64_t row, std::vector<int64_t>& candidates) {
+  const int64_t* tokens = p.tokens + row * p.length;
+  const float* confidence = p.confidence + row * p.length;
+  int64_t* out = p.new_tokens + row * p.length;
+  const float limit = p.editing_threshold == nullptr ? -1.f : p.editing_threshold[row];
+  candidates.clear();
+  int64_t confident = 0, edited = 0;
+  for (int64_t i = 0; i < p.length; ++i) {
+    if (tokens[i] == p.mask_token_id) {
+      candidates.push_back(i);
+      confident += confidence[i] > p.threshold[row];
+      continue;
+    }
+    const bool may = limit >= 0 && (p.editable == nullptr || p.editable[row * p.length + i]);
+    const bool edit = may && out[i] != tokens[i] && confidence[i] > limit;
+    edited += edit;
+    if (!edit) out[i] = tokens[i];
+  }
+  const int64_t wanted = p.min_unmask[row], masked = int64_t(candidates.size());
+  int64_t accepted = confident;
+  if (confident >= wanted) {
+    for (int64_t i : candidates)
+      if (!(confidence[i] > p.threshold[row])) out[i] = tokens[i];
+  } else {
+    accepted = std::min(wanted, masked);
+    std::stable_sort(candidates.begin(), candidates.end(), [&](int64_t a, int64_t b) { return confidence[a] > confidence[b]; });
+    for (int64_t i = accepted; i < masked; ++i) out[candidates[size_t(i)]] = p.mask_token_id;
+  }
+  p.counts[2 * row] = int32_t(accepted);
+  p.counts[2 * row + 1] = int32_t(edited);
+}
+
+}  // namespace
+
+void threshold_unmask(const ThresholdUnmaskParams& p, const Parallel& parallel) {
+  p.bf16 ? choose_tokens<bf16>(p, parallel) : choose_tokens<float>(p, parallel);
+  std::vector<int64_t> candidates;
+  for (int64_t i = 0; i < p.rows * p.length; ++i)
+    if (p.bad[i] != 0) return;
+  for (int64_t row = 0; row < p.rows; ++row) apply_rules(p, row, candidates);
+}
+
+}  // namespace llada::LLADA_CPU_LEVEL

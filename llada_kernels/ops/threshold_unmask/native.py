@@ -1,0 +1,39 @@
+"""Native CPU backend of threshold_unmask: csrc/threshold_unmask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _library
+from .._common import native_reason
+from ..dispatch import Backend
+
+
+def _supports(logits: Tensor, tokens: Tensor, *_: object) -> str | None:
+    return native_reason(logits, tokens)
+
+
+def _native(
+    logits: Tensor, tokens: Tensor, mask_token_id: int, *parameters: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    contiguous = (None if p is None else p.contiguous() for p in parameters)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask(
+        logits.detach().contiguous(), tokens.contiguous(), mask_token_id, *contiguous
+    )
+    return result
+
+
+if _library.load_error is None:
+
+    @torch.library.register_fake("llada_kernels::threshold_unmask")
+    def _fake(logits, tokens, *_):  # type: ignore[no-untyped-def]
+        rows, length = tokens.shape
+        return (
+            torch.empty_like(tokens),
+            tokens.new_empty((rows, length), dtype=torch.float32),
+            tokens.new_empty((rows, 2), dtype=torch.int32),
+        )
+
+
+BACKEND = Backend("native", _supports, _native)
