@@ -7,7 +7,7 @@
 namespace llada {
 namespace {
 
-constexpr CpuLevel kLevels[] = {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512};
+constexpr CpuLevel kLevels[] = {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512, CpuLevel::avx512_bf16};
 
 struct Choice {
   CpuLevel level = CpuLevel::portable;
@@ -28,7 +28,7 @@ Choice choose() {
       choice.error = std::string("LLADA_KERNELS_CPU: this machine has no ") + wanted;
     return choice;
   }
-  choice.error = std::string("LLADA_KERNELS_CPU: expected portable, avx2 or avx512, got ") + wanted;
+  choice.error = std::string("LLADA_KERNELS_CPU: expected portable, avx2, avx512 or avx512_bf16, got ") + wanted;
   return choice;
 }
 
@@ -41,6 +41,7 @@ const Choice& choice() {
 
 const char* cpu_level_name(CpuLevel level) {
   switch (level) {
+    case CpuLevel::avx512_bf16: return "avx512_bf16";
     case CpuLevel::avx512: return "avx512";
     case CpuLevel::avx2: return "avx2";
     case CpuLevel::portable: break;
@@ -51,6 +52,7 @@ const char* cpu_level_name(CpuLevel level) {
 bool cpu_supports(CpuLevel level) {
 #if defined(__x86_64__)
   switch (level) {  // __builtin_cpu_supports also asks the operating system for the wider registers
+    case CpuLevel::avx512_bf16: return cpu_supports(CpuLevel::avx512) && __builtin_cpu_supports("avx512bf16");
     case CpuLevel::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");

@@ -10,7 +10,14 @@
 #include <cstring>
 #include <limits>
 
-#if defined(LLADA_CPU_LEVEL_avx512)
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+#include <immintrin.h>
+#endif
+
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+#define LLADA_CPU_LEVEL_avx512
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
+#elif defined(LLADA_CPU_LEVEL_avx512)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 #elif defined(LLADA_CPU_LEVEL_avx2)
 #pragma GCC target("avx2,fma")
@@ -103,7 +110,9 @@ inline Vec load_partial(const T* p, int64_t n, float fill = 0.f) {
 }
 template <class T>
 inline void store_partial(T* p, Vec v, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }

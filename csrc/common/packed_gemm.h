@@ -1,0 +1,127 @@
+// Single-thread matrix product with a packed right operand: C[m][n] (+)= sum_k A[m][k] * B(k, n), fp32 accumulation.
+//
+// Packing costs one pass over B and pays from about 8 rows of A; below that gemm.h uses B as it lies.
+// Layout: panels of kPanel columns, [ceil(n / kPanel)][k or k / 2][kPanel], zeros beyond n (and beyond an odd k). Elements are floats, or
+// where the level multiplies pairs of bf16 (avx512_bf16) 32-bit pairs of bf16, consecutive in k: the "VNNI" layout, which AMX reads as
+// well.
+#pragma once
+
+#include <type_traits>
+
+#include "common/simd.h"
+
+namespace llada::LLADA_CPU_LEVEL {
+namespace {
+
+constexpr int kPanel = 2 * kLanes;
+#if defined(LLADA_CPU_LEVEL_avx512)
+constexpr int kPackedRows = 12;  // x 2 vectors: 24 accumulators + 2 + 1 of 32 registers
+#else
+constexpr int kPackedRows = 6;  // 12 + 2 + 1 of 16 registers
+#endif
+
+// What one element of T is multiplied as: how many k a packed 32-bit element holds.
+template <class T>
+constexpr int kPackedDepth = 1;
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+template <>
+constexpr int kPackedDepth<bf16> = 2;
+#endif
+
+// Size of a packed operand in 32-bit elements.
+template <class T>
+constexpr int64_t packed_size(int64_t n, int64_t k) {
+  return (n + kPanel - 1) / kPanel * kPanel * ((k + kPackedDepth<T> - 1) / kPackedDepth<T>);
+}
+
+template <class T>
+inline uint32_t packed_element(const T* b, int64_t k_stride, int64_t k, int64_t k_end) {
+  if constexpr (kPackedDepth<T> == 2) {
+    const uint32_t low = b[k * 2 * k_stride].bits;
+    const uint32_t high = k * 2 + 1 < k_end ? b[(k * 2 + 1) * k_stride].bits : 0;
+    return low | high << 16;
+  } else {
+    const float x = to_float(b[k * k_stride]);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+  }
+}
+
+// B(k, n) = b[n * n_stride + k * k_stride].
+template <class T>
+inline void pack(uint32_t* packed, const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k) {
+  const int64_t depth = (k + kPackedDepth<T> - 1) / kPackedDepth<T>;
+  for (int64_t j = 0; j < n; j += kPanel, packed += depth * kPanel) {
+    const int64_t columns = n - j < kPanel ? n - j : kPanel;
+    for (int64_t i = 0; i < depth; ++i) {
+      for (int64_t c = 0; c < columns; ++c) packed[i * kPanel + c] = packed_element(b + (j + c) * n_stride, k_stride, i, k);
+      for (int64_t c = columns; c < kPanel; ++c) packed[i * kPanel + c] = 0;
+    }
+  }
+}
+
+inline Vec multiply_add(Vec acc, const float* a, Vec b, std::integral_constant<int, 1>) { return acc + *a * b; }
+inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<int, 1>) { return acc + to_float(*a) * b; }
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<int, 2>) {
+  int32_t pair;
+  std::memcpy(&pair, a, 4);
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+}
+#endif
+
+template <int M, class T>
+inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, float* c, int64_t ldc, bool accumulate, int64_t columns) {
+  Vec acc[M][2] = {};
+  constexpr int depth = kPackedDepth<T>;
+  const int64_t steps = k / depth;
+  for (int64_t i = 0; i < steps; ++i) {
+    const Vec b0 = load(b + i * kPanel), b1 = load(b + i * kPanel + kLanes);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      acc[m][0] = multiply_add(acc[m][0], a + m * lda + i * depth, b0, std::integral_constant<int, depth>());
+      acc[m][1] = multiply_add(acc[m][1], a + m * lda + i * depth, b1, std::integral_constant<int, depth>());
+    }
+  }
+  if constexpr (depth == 2) {
+    if (k % 2) {  // the last element alone: its partner in the panel is zero, in A it may not exist
+      const Vec b0 = load(b + steps * kPanel), b1 = load(b + steps * kPanel + kLanes);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const T last[2] = {a[m * lda + k - 1], T{0}};
+        acc[m][0] = multiply_add(acc[m][0], last, b0, std::integral_constant<int, depth>());
+        acc[m][1] = multiply_add(acc[m][1], last, b1, std::integral_constant<int, depth>());
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float* out = c + m * ldc + v * kLanes;
+      const int64_t left = columns - v * kLanes;
+      if (left >= kLanes)
+        store(out, accumulate ? load(out) + acc[m][v] : acc[m][v]);
+      else if (left > 0)
+        store_partial(out, accumulate ? load_partial(out, left) + acc[m][v] : acc[m][v], left);
+    }
+}
+
+template <class T>
+inline void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c, int64_t ldc,
+                        bool accumulate = false) {
+  const int64_t panel = packed_size<T>(kPanel, k);
+  for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
+    const float* b = reinterpret_cast<const float*>(packed);
+    const int64_t columns = n - j < kPanel ? n - j : kPanel;
+    int64_t i = 0;
+    for (; i + kPackedRows <= m; i += kPackedRows)
+      packed_tile<kPackedRows>(a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
+    for (; i + 4 <= m; i += 4) packed_tile<4>(a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
+    for (; i < m; ++i) packed_tile<1>(a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
+  }
+}
+
+}  // namespace
+}  // namespace llada::LLADA_CPU_LEVEL
