@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llada_kernels import Config, Model, generation
+from llada_kernels.generation import plain
 
 from .toy import engine_rows, plain_rows, random_case
 
@@ -51,19 +52,22 @@ def test_200_random_draws_equal_the_plain_loops(first: int) -> None:
             assert forwards == official or (goes_on_after_eos and forwards < official), (seed, case)
 
 
-@pytest.mark.parametrize("decoding", ["llada2.0", "llada2.1"])
+@pytest.mark.parametrize("decoding", ["llada2.0", "quality"])
 def test_bf16(decoding: str) -> None:
-    """In bf16 the cache holds bf16, tokens are valid, and the first block, where nothing has diverged, mostly agrees."""
+    """In bf16 rounding differs between cached and plain, so tokens may; they are valid, and most of them agree."""
+    loop = {"llada2.0": plain.llada20, "quality": plain.llada21}[decoding]
+    args: dict[str, Any] = {"gen_length": 24, "block_length": 8, "threshold": 0.7}
+    args |= {"editing_threshold": 0.5} if decoding == "quality" else {}
     same = total = 0
-    for seed in range(4):
+    for seed in range(6):
         model = random_model(seed, 48, "llada2", torch.bfloat16)
-        case = random_case(random.Random(seed), decoding)
-        case |= {"vocab": 48, "prompts": [[1, 2, 3, 4, 5]], "eos_id": -1}
-        case["args"] |= {"block_length": 8, "gen_length": 8, "temperature": 0.0, "threshold": 0.5}
-        (want, _), (got, _) = plain_rows(model, case)[0], engine_rows(model, case)[0]
-        assert len(got) == 8 and max(got) < 47
-        same, total = same + sum(a == b for a, b in zip(want, got, strict=True)), total + 8
-    assert same >= total // 2
+        prompt = torch.tensor([1, 2, 3, 4, 5])
+        want, _ = loop(model, prompt, mask_id=47, eos_id=-1, **args)
+        out = generation.generate(model, [prompt, prompt[:2]], decoding=decoding, eos_id=-1, **args)
+        assert [len(tokens) for tokens in out] == [24, 24] and int(torch.stack(list(out)).max()) < 47
+        same, total = same + int((out[0] == want).sum()), total + 24
+    print(f"{decoding}: {same} of {total} tokens equal in bf16")
+    assert same > 0.5 * total
 
 
 def test_generate_is_a_method_of_the_model() -> None:
