@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..checkpoint_files import sync_directory, write_safetensors
 from ..model import Model
 
 __all__ = [
@@ -64,25 +65,30 @@ def save_checkpoint(
     try:
         temporary.mkdir()
         model.save_pretrained(temporary)
-        save_file({k: v.contiguous() for k, v in optimizer.items()}, temporary / _OPTIMIZER)
+        _write(temporary / _OPTIMIZER, optimizer)
         files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
         document = {"format": _FORMAT, "step": step, "files": files, **state}
         (temporary / _STATE).write_text(json.dumps(document, indent=1) + "\n")
         for path in temporary.iterdir():
             _sync(path)
-        _sync(temporary)
+        sync_directory(temporary)
         if final.exists():  # incomplete: damaged after it was written
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(root)
+        sync_directory(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
 
 
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with open(path, "wb") as file:
+        write_safetensors(file, tensors)
+
+
 def _sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
+    """Flush a file to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -176,14 +182,14 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | o
     try:
         temporary.mkdir(parents=True)
         for name in names[0]:
-            save_file(_average_file([s / name for s in sources]), temporary / name, metadata={"format": "pt"})
+            _write(temporary / name, _average_file([s / name for s in sources]))
         for extra in sources[0].iterdir():
             if extra.is_file() and extra.suffix != ".safetensors" and extra.name != _STATE:
                 shutil.copyfile(extra, temporary / extra.name)
         for path in temporary.iterdir():
             _sync(path)
         os.rename(temporary, output)
-        _sync(output.parent)
+        sync_directory(output.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -155,7 +155,7 @@ class Trainer:
             metrics = self.train_step()
             self._log(metrics)
             every = self.config.checkpoint_every
-            if self.step == self.config.steps or (every and self.step % every == 0):
+            if self.output is not None and (self.step == self.config.steps or (every and self.step % every == 0)):
                 self.save()
             if self.on_step is not None:
                 self.on_step(metrics)
@@ -244,7 +244,7 @@ class Trainer:
         length = config.mask_noise_fraction * config.steps
         if config.objective == "ar" or step >= length or config.mask_noise == 0.0:
             return 0.0
-        table = self.model.embed_weight.detach()
+        table = self.model.embed_tokens.weight.detach()
         return config.mask_noise * float(table.float().pow(2).mean().sqrt()) * (1.0 - step / length)
 
     def _drop_bad_step(self, metrics: dict[str, Any]) -> None:
