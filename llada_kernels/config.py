@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .families import ARCHITECTURES, family_of, read_fields, write_fields
+from ._families import ARCHITECTURES, family_of, read_fields, write_fields
 
 __all__ = ["Config"]
 

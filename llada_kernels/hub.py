@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoint_files import (
+from ._checkpoint_files import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
     PARTIAL_SUFFIX,
@@ -29,8 +29,8 @@ from .checkpoint_files import (
     sync_directory,
     write_safetensors,
 )
+from ._tensor_names import Slot, droppable, layout_of, tensor_slots
 from .config import Config, read_json_object
-from .tensor_names import Slot, droppable, layout_of, tensor_slots
 
 if TYPE_CHECKING:
     from .model import Model

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import hub
+from ._model_inputs import ModelInputs, check_token_ids, prepare
 from .config import Config
 from .masks import DiffusionMask
-from .model_inputs import ModelInputs, check_token_ids, prepare
 from .nn import Block, RMSNorm, RouterOutput
 from .ops._common import compute_dtype
 from .ops.rope import rope_tables

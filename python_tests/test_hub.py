@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llada_kernels import Config, Model, hub
-from llada_kernels.checkpoint_files import CheckpointError
-from llada_kernels.tensor_names import tensor_slots
+from llada_kernels._checkpoint_files import CheckpointError
+from llada_kernels._tensor_names import tensor_slots
 
 GOLDEN = Path(__file__).parent / "golden"
 LLADA2, MERGED = GOLDEN / "forward_full" / "model.safetensors", GOLDEN / "forward_full" / "model_merged.safetensors"

@@ -1,4 +1,4 @@
-"""What the families call things: official ``config.json`` keys here, tensor names in :mod:`llada_kernels.tensor_names`."""
+"""What the families call things: official ``config.json`` keys here, tensor names in :mod:`llada_kernels._tensor_names`."""
 
 from __future__ import annotations
 
