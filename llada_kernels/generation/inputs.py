@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import EOS_TOKEN_ID, MASK_TOKEN_ID
+from .._families import EOS_TOKEN_ID, MASK_TOKEN_ID
 
 __all__ = ["Prompts", "prompt_list", "seed_list", "special_ids"]
 

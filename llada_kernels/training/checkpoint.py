@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint_files import sync_directory, write_safetensors
+from .._checkpoint_files import sync_directory, write_safetensors
 from ..model import Model
 
 __all__ = [

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from llada_kernels import use_backend
+from llada_kernels._tensor_names import tensor_slots
 from llada_kernels.model import Model
-from llada_kernels.tensor_names import tensor_slots
 from llada_kernels.training import Objective, ar_perplexity, elbo_perplexity, loss_terms, objectives, prepare, unigram_perplexity
 from llada_kernels.training.data import Batch, collate, document_blocks
 from llada_kernels.training.noise import Noise, draw_noise
