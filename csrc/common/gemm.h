@@ -18,25 +18,48 @@ constexpr int kDotRows = 3, kDotColumns = 3;  // 9 + 6 of 16 registers
 constexpr int kOuterRows = 6;                 // x 2 vectors: 12 + 2 + 1
 #endif
 
+// Elements of k that one step of the dot form multiplies: pairs of bf16 where the level can.
+template <class TA, class TB>
+constexpr int64_t kDotStep = kPackedDepth<TA> == 2 && kPackedDepth<TB> == 2 ? 2 * kLanes : kLanes;
+
 template <int M, int N, class TA, class TB>
 inline void dot_tile(const TA* a, int64_t lda, const TB* b, int64_t ldb, int64_t k, float* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t step = kDotStep<TA, TB>;
   Vec acc[M][N] = {};
-  const int64_t main = k / kLanes * kLanes;
-  for (int64_t i = 0; i < main; i += kLanes) {
-    Vec bv[N];
+  const int64_t main = k / step * step;
+  for (int64_t i = 0; i < main; i += step) {
+    if constexpr (step == kLanes) {
+      Vec bv[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) bv[n] = load(b + n * ldb + i);
+      for (int n = 0; n < N; ++n) bv[n] = load(b + n * ldb + i);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const Vec av = load(a + m * lda + i);
+      for (int m = 0; m < M; ++m) {
+        const Vec av = load(a + m * lda + i);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[m][n] += av * bv[n];
+        for (int n = 0; n < N; ++n) acc[m][n] += av * bv[n];
+      }
+    } else {
+      VecU bv[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) bv[n] = load_packed(b + n * ldb + i);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const VecU av = load_packed(a + m * lda + i);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[m][n] = multiply_add_pairs(acc[m][n], av, bv[n]);
+      }
     }
   }
-  if (main < k)
+  for (int64_t i = main; i < k; i += kLanes) {
+    const int64_t left = k - i < kLanes ? k - i : kLanes;
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] += load_partial(a + m * lda + main, k - main) * load_partial(b + n * ldb + main, k - main);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[m][n] += load_partial(a + m * lda + i, left) * load_partial(b + n * ldb + i, left);
+  }
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const float sum = reduce_add(acc[m][n]);
       c[m * ldc + n] = accumulate ? c[m * ldc + n] + sum : sum;
@@ -52,8 +75,8 @@ inline void dot_rows(const TA* a, int64_t lda, int64_t m, const TB* b, int64_t l
 }
 
 template <class TA, class TB>
-inline void gemm_nt(const TA* a, int64_t lda, const TB* b, int64_t ldb, int64_t m, int64_t n, int64_t k, float* c, int64_t ldc,
-                    bool accumulate = false) {
+__attribute__((noinline)) void gemm_nt(const TA* a, int64_t lda, const TB* b, int64_t ldb, int64_t m, int64_t n, int64_t k, float* c,
+                                       int64_t ldc, bool accumulate = false) {
   int64_t j = 0;
   for (; j + kDotColumns <= n; j += kDotColumns) dot_rows<kDotColumns>(a, lda, m, b + j * ldb, ldb, k, c + j, ldc, accumulate);
   for (; j < n; ++j) dot_rows<1>(a, lda, m, b + j * ldb, ldb, k, c + j, ldc, accumulate);
@@ -101,8 +124,8 @@ inline void outer_columns(const TA* a, int64_t a_row, int64_t a_k, const TB* b, 
 
 // A(m, k) = a[m * a_row + k * a_k]: a_k = 1 for a row-major A, a_row = 1 for its transpose.
 template <class TA, class TB>
-inline void gemm_nn(const TA* a, int64_t a_row, int64_t a_k, const TB* b, int64_t ldb, int64_t m, int64_t n, int64_t k, float* c,
-                    int64_t ldc, bool accumulate = false) {
+__attribute__((noinline)) void gemm_nn(const TA* a, int64_t a_row, int64_t a_k, const TB* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
+                                       float* c, int64_t ldc, bool accumulate = false) {
   int64_t i = 0;
   for (; i + kOuterRows <= m; i += kOuterRows)
     outer_columns<kOuterRows>(a + i * a_row, a_row, a_k, b, ldb, n, k, c + i * ldc, ldc, accumulate);

@@ -20,14 +20,6 @@ constexpr int kPackedRows = 12;  // x 2 vectors: 24 accumulators + 2 + 1 of 32 r
 constexpr int kPackedRows = 6;  // 12 + 2 + 1 of 16 registers
 #endif
 
-// What one element of T is multiplied as: how many k a packed 32-bit element holds.
-template <class T>
-constexpr int kPackedDepth = 1;
-#if defined(LLADA_CPU_LEVEL_avx512_bf16)
-template <>
-constexpr int kPackedDepth<bf16> = 2;
-#endif
-
 // Size of a packed operand in 32-bit elements.
 template <class T>
 constexpr int64_t packed_size(int64_t n, int64_t k) {
@@ -48,13 +40,60 @@ inline uint32_t packed_element(const T* b, int64_t k_stride, int64_t k, int64_t 
   }
 }
 
-// B(k, n) = b[n * n_stride + k * k_stride].
+// rows[i][j] becomes rows[j][i]: swaps the off-diagonal halves of ever larger squares.
+inline void transpose(VecU (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int bit = 1; bit < kLanes; bit *= 2) {
+    VecI low, high;  // lane l of the upper row: its own where l lacks the bit, else the lower row's lane l without the bit
+    for (int l = 0; l < kLanes; ++l) {
+      low[l] = l & bit ? kLanes + (l ^ bit) : l;
+      high[l] = l & bit ? kLanes + l : l | bit;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & bit) continue;
+      const VecU a = rows[i], b = rows[i | bit];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i | bit] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// B(k, n) = b[n * n_stride + k * k_stride]; fast where one of the strides is 1.
 template <class T>
-inline void pack(uint32_t* packed, const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k) {
-  const int64_t depth = (k + kPackedDepth<T> - 1) / kPackedDepth<T>;
+__attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k) {
+  constexpr int64_t kDepth = kPackedDepth<T>;
+  const int64_t depth = (k + kDepth - 1) / kDepth, whole = k / kDepth;
   for (int64_t j = 0; j < n; j += kPanel, packed += depth * kPanel) {
     const int64_t columns = n - j < kPanel ? n - j : kPanel;
-    for (int64_t i = 0; i < depth; ++i) {
+    int64_t done = 0;
+    if (columns == kPanel && k_stride == 1) {
+      for (; done + kLanes <= whole; done += kLanes)
+        for (int half = 0; half < kPanel; half += kLanes) {
+          VecU rows[kLanes];
+#pragma GCC unroll 16
+          for (int c = 0; c < kLanes; ++c) rows[c] = load_packed(b + (j + half + c) * n_stride + done * kDepth);
+          transpose(rows);
+#pragma GCC unroll 16
+          for (int c = 0; c < kLanes; ++c) std::memcpy(packed + (done + c) * kPanel + half, &rows[c], sizeof(VecU));
+        }
+    } else if (columns == kPanel && n_stride == 1) {
+      for (; done < whole; ++done)
+        for (int half = 0; half < kPanel; half += kLanes) {
+          VecU v;
+          const T* row = b + j + half + done * kDepth * k_stride;
+          if constexpr (kDepth == 2) {
+            VecH low, high;
+            std::memcpy(&low, row, sizeof low);
+            std::memcpy(&high, row + k_stride, sizeof high);
+            v = __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
+          } else {
+            v = (VecU)load(row);
+          }
+          std::memcpy(packed + done * kPanel + half, &v, sizeof v);
+        }
+    }
+    for (int64_t i = done; i < depth; ++i) {
       for (int64_t c = 0; c < columns; ++c) packed[i * kPanel + c] = packed_element(b + (j + c) * n_stride, k_stride, i, k);
       for (int64_t c = columns; c < kPanel; ++c) packed[i * kPanel + c] = 0;
     }
@@ -63,13 +102,11 @@ inline void pack(uint32_t* packed, const T* b, int64_t n_stride, int64_t k_strid
 
 inline Vec multiply_add(Vec acc, const float* a, Vec b, std::integral_constant<int, 1>) { return acc + *a * b; }
 inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<int, 1>) { return acc + to_float(*a) * b; }
-#if defined(LLADA_CPU_LEVEL_avx512_bf16)
 inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<int, 2>) {
-  int32_t pair;
+  uint32_t pair;
   std::memcpy(&pair, a, 4);
-  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  return multiply_add_pairs(acc, VecU{} + pair, (VecU)b);
 }
-#endif
 
 template <int M, class T>
 inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, float* c, int64_t ldc, bool accumulate, int64_t columns) {
@@ -109,8 +146,8 @@ inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, floa
 }
 
 template <class T>
-inline void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c, int64_t ldc,
-                        bool accumulate = false) {
+__attribute__((noinline)) void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
+                                           int64_t ldc, bool accumulate = false) {
   const int64_t panel = packed_size<T>(kPanel, k);
   for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
     const float* b = reinterpret_cast<const float*>(packed);

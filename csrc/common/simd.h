@@ -112,7 +112,7 @@ template <class T>
 inline void store_partial(T* p, Vec v, int64_t n) {
   T lanes[kLanes];
   store(lanes, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  for (int64_t i = 0; i < kLanes && i < n; ++i) p[i] = lanes[i];
 }
 
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
@@ -152,6 +152,35 @@ inline Vec vexp(Vec x) {
   y = x < -87.5f ? Vec{} : y;
   y = x > 88.72284f ? splat(std::numeric_limits<float>::infinity()) : y;
   return x == x ? y : x;
+}
+
+// What one element of T is multiplied as: how many k a packed 32-bit element holds.
+template <class T>
+constexpr int kPackedDepth = 1;
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+template <>
+constexpr int kPackedDepth<bf16> = 2;
+#endif
+
+// kLanes packed elements that follow each other in k.
+template <class T>
+inline VecU load_packed(const T* b) {
+  if constexpr (kPackedDepth<T> == 2) {
+    VecU v;
+    std::memcpy(&v, b, sizeof v);
+    return v;
+  } else {
+    return (VecU)load(b);
+  }
+}
+
+// acc + the products of both halves of each pair of bf16 (only where kPackedDepth<bf16> is 2).
+inline Vec multiply_add_pairs(Vec acc, VecU a, VecU b) {
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  return acc + (Vec)(a << 16) * (Vec)(b << 16) + (Vec)(a & 0xffff0000u) * (Vec)(b & 0xffff0000u);
+#endif
 }
 
 }  // namespace
