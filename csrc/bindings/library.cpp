@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(llada_kernels, m) {
   m.def("swiglu_backward(Tensor grad_y, Tensor gate_up) -> Tensor");
   m.def(
       "moe_routing(Tensor logits, Tensor? expert_bias, int top_k, int n_group, int topk_group, float scale, bool softmax, "
-      "bool normalize, int block_size, int expert_capacity) -> (Tensor topk_ids, Tensor topk_weights, Tensor offsets, "
+      "bool normalize, int block_size, int expert_capacity) -> (Tensor topk_weights, Tensor topk_ids, Tensor offsets, "
       "Tensor permutation)");
   m.def(
       "moe_routing_backward(Tensor grad_weights, Tensor logits, Tensor topk_ids, float scale, bool softmax, bool normalize) "
@@ -41,4 +41,11 @@ STABLE_TORCH_LIBRARY(llada_kernels, m) {
   m.def(
       "cached_block_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor cache_k, Tensor cache_v, Tensor page_table, Tensor own, "
       "Tensor tiles, Tensor order, Tensor rows, float scale) -> Tensor");
+  m.def(
+      "lm_loss(Tensor hidden, Tensor lm_head, Tensor targets, Tensor weights, int entropy_of, float temperature) "
+      "-> (Tensor loss, Tensor token_losses, Tensor entropy, Tensor correct, Tensor statistics)");
+  m.def(
+      "lm_loss_backward(Tensor grad_loss, Tensor grad_token_losses, Tensor grad_entropy, Tensor hidden, Tensor lm_head, "
+      "Tensor targets, Tensor weights, Tensor correct, Tensor statistics, int entropy_of, float temperature, bool need_hidden, "
+      "bool need_lm_head) -> (Tensor grad_hidden, Tensor grad_lm_head)");
 }

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_routing(const Tensor& logits, std
        logits.const_data_ptr<float>(), expert_bias ? expert_bias->const_data_ptr<float>() : nullptr, ids.mutable_data_ptr<int32_t>(),
        weights.mutable_data_ptr<float>(), offsets.mutable_data_ptr<int32_t>(), permutation.mutable_data_ptr<int32_t>()},
       torch_threads());
-  return {ids, weights, offsets, permutation};
+  return {weights, ids, offsets, permutation};
 }
 
 Tensor moe_routing_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& topk_ids, double scale, bool softmax,

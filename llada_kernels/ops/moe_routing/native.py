@@ -32,7 +32,8 @@ def moe_routing(
     bias = None if expert_bias is None else expert_bias.detach().float().contiguous()
     block_size, capacity = block_pool or (0, 0)
     options = (top_k, n_group, topk_group, scale, score == "softmax", normalize, block_size, capacity)
-    return Routing(*torch.ops.llada_kernels.moe_routing(logits.contiguous(), bias, *options))
+    weights, ids, *order = torch.ops.llada_kernels.moe_routing(logits.contiguous(), bias, *options)
+    return Routing(ids, weights, *order)
 
 
 if _library.load_error is None:
@@ -41,8 +42,8 @@ if _library.load_error is None:
     def _fake(logits: Tensor, expert_bias: Tensor | None, top_k: int, *options: Any) -> tuple[Tensor, ...]:
         tokens, experts = logits.shape
         return (
-            logits.new_empty(tokens, top_k, dtype=torch.int32),
             logits.new_empty(tokens, top_k),
+            logits.new_empty(tokens, top_k, dtype=torch.int32),
             logits.new_empty(experts + 1, dtype=torch.int32),
             logits.new_empty(tokens * top_k, dtype=torch.int32),
         )
@@ -53,11 +54,11 @@ if _library.load_error is None:
 
     def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         logits, _, _, _, _, ctx.scale, ctx.softmax, ctx.normalize, _, _ = inputs
-        ids, _, offsets, permutation = output
+        _, ids, offsets, permutation = output
         ctx.save_for_backward(logits, ids)
         ctx.mark_non_differentiable(ids, offsets, permutation)
 
-    def _backward(ctx: Any, _ids: Any, grad_weights: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad_weights: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
         backward = torch.ops.llada_kernels.moe_routing_backward
         logits, ids = ctx.saved_tensors
         grad = backward(grad_weights.contiguous(), logits, ids, ctx.scale, ctx.softmax, ctx.normalize)
