@@ -10,8 +10,6 @@ from ...masks import DiffusionMask
 from .._common import native_reason
 from ..dispatch import Backend
 
-#: The C++ op takes the scale as a double and the plan as tensors, so that a mask object never enters a compiled graph.
-
 
 def head_dim_reason(q: Tensor) -> str | None:
     """Why the native kernels cannot serve q's head dim, or None."""
@@ -25,6 +23,7 @@ def _supports(q: Tensor, k: Tensor, v: Tensor, mask: DiffusionMask | Tensor, sca
 
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, mask: DiffusionMask, scale: float) -> Tensor:
+    # The C++ op takes the plan as plain tensors: a mask object never enters a compiled graph.
     plan = mask.tile_plan()
     out, _ = torch.ops.llada_kernels.block_attention(
         q.contiguous(), k.contiguous(), v.contiguous(), mask.context, mask.own, plan.tiles, plan.order,
