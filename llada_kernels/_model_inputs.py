@@ -73,8 +73,8 @@ def prepare(
         visible: DiffusionMask | Tensor = _from_attention_mask(attention_mask, batch, length, config.causal).to(device)
         default = torch.arange(length, device=device).repeat(batch)
     elif mask is None and cache is not None:
-        visible = cache.mask([length] * batch)
-        default = visible.position_ids
+        made: DiffusionMask = cache.mask([length] * batch)
+        visible, default = made, made.position_ids
     else:
         visible = plain_mask(batch, length, config.causal, device) if mask is None else _checked_mask(mask, total, batch, length, device)
         default = visible.position_ids if isinstance(visible, DiffusionMask) else torch.arange(length, device=device).repeat(batch)

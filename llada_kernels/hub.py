@@ -118,7 +118,7 @@ def _resolve(path: str | os.PathLike[str], revision: str | None) -> Path:
 
 def _check(config: Config, tensors: dict[str, TensorInfo], slots: dict[str, Slot], problems: list[str]) -> list[str]:
     """Append everything that keeps ``tensors`` from filling ``slots``; returns the names that may be dropped."""
-    dropped = []
+    dropped: list[str] = []
     fp8 = [name for name in tensors if name.endswith("_scale_inv")]
     if fp8:
         problems.append(f"{len(fp8)} FP8 scale tensors ({fp8[0]}, ...): FP8 exports are not supported yet; use the bf16 checkpoint")
@@ -127,15 +127,15 @@ def _check(config: Config, tensors: dict[str, TensorInfo], slots: dict[str, Slot
         if name not in tensors and not (optional_bias and slot.kind == "expert_bias"):
             problems.append(f"tensor {name}: missing (expected shape {slot.shape})")
     for name, info in tensors.items():
-        slot = slots.get(name)
-        if slot is None:
+        expected = slots.get(name)
+        if expected is None:
             if droppable(config, name, info.shape):
                 dropped.append(name)
             elif not name.endswith("_scale_inv"):
                 problems.append(f"tensor {name}: unknown in a {config.family} model, got {info.dtype} {info.shape} in {info.file.name}")
             continue
-        if info.shape != slot.shape:
-            problems.append(f"tensor {name}: expected shape {slot.shape}, got {info.shape} in {info.file.name}")
+        if info.shape != expected.shape:
+            problems.append(f"tensor {name}: expected shape {expected.shape}, got {info.shape} in {info.file.name}")
         if info.dtype not in TORCH_DTYPES:
             problems.append(f"tensor {name}: expected dtype {', '.join(TORCH_DTYPES)}, got {info.dtype} in {info.file.name}")
     return dropped

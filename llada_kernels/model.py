@@ -68,11 +68,11 @@ class Model(nn.Module):
         self.load_report = hub.LoadReport()
         vocab, hidden = config.vocab_size, config.hidden_size
         # Built without memory first: PyTorch's own initialisation of each part would be thrown away.
-        kind = {"dtype": torch.get_default_dtype() if dtype is None else dtype, "device": "meta"}
-        self.embed_tokens = nn.Embedding(vocab, hidden, config.pad_token_id, **kind)  # type: ignore[arg-type]
-        self.layers = nn.ModuleList(Block(config, i, **kind) for i in range(config.num_hidden_layers))  # type: ignore[arg-type]
-        self.norm = RMSNorm(hidden, config.rms_norm_eps, **kind)  # type: ignore[arg-type]
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(hidden, vocab, False, **kind)  # type: ignore[arg-type]
+        kind: Any = {"dtype": torch.get_default_dtype() if dtype is None else dtype, "device": "meta"}
+        self.embed_tokens = nn.Embedding(vocab, hidden, config.pad_token_id, **kind)
+        self.layers = nn.ModuleList(Block(config, i, **kind) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(hidden, config.rms_norm_eps, **kind)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(hidden, vocab, False, **kind)
         target = torch.get_default_device() if device is None else torch.device(device)
         if target.type != "meta":
             self.to_empty(device=target)

@@ -56,6 +56,8 @@ class Attention(nn.Module):
         if cache is None:
             out = block_attention(q, k, v, mask)
         else:
+            if not isinstance(mask, DiffusionMask):
+                raise TypeError(f"mask: expected a DiffusionMask with a cache, got {type(mask).__name__}")
             out = cached_block_attention(q, k, v, cache.keys[self.layer], cache.values[self.layer], cache.page_table, mask)
             cache.record(self.layer, k, v)
         return self.dense(out.reshape(x.shape[0], -1))
