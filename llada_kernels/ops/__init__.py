@@ -1,5 +1,7 @@
 """The ops: plain functions over tensors, each with several backends (see :mod:`.dispatch`)."""
 
+from .block_attention import block_attention
+from .cached_block_attention import cached_block_attention
 from .dispatch import explain, use_backend
 from .grouped_gemm import grouped_gemm
 from .lm_loss import LMLoss, lm_loss
@@ -13,6 +15,8 @@ __all__ = [
     "LMLoss",
     "Routing",
     "Unmasked",
+    "block_attention",
+    "cached_block_attention",
     "explain",
     "grouped_gemm",
     "lm_loss",
