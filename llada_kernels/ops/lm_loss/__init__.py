@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._common import check_same, check_shape, check_tensor, compute_dtype
 from ..dispatch import run
-from . import reference
+from . import native, reference
 
 __all__ = ["LMLoss", "lm_loss"]
 
@@ -93,4 +93,4 @@ def lm_loss(
     return LMLoss(*run("lm_loss", BACKENDS, backend, *arguments))
 
 
-BACKENDS = (reference.BACKEND,)
+BACKENDS = (native.BACKEND, reference.BACKEND)
