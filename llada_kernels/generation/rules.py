@@ -181,7 +181,8 @@ class LLaDA20(_Rule):
         threshold: confidence above which a position is unmasked, in [0, 1].
         steps: denoising steps per block.
         minimal_topk: tokens that a step unmasks at least, as far as it limits ``steps``.
-        eos_early_stop: leave a block at once when a step writes EOS and nothing before the first EOS is masked.
+        eos_early_stop: leave a block as soon as nothing before its first EOS is masked. (The official code looks only after
+            steps that write an EOS, so it needs more forwards for the same tokens.)
         temperature: 0 is greedy; above, tokens are drawn after temperature, top_k and top_p.
         top_k, top_p: filters of the draw, None for none.
         mask_id, eos_id: token ids; None: those of the model.
@@ -221,7 +222,7 @@ class LLaDA20(_Rule):
             is_eos = self._is_eos(new) & state.editable
             first = is_eos & (is_eos.cumsum(1) == 1)
             clear = first & (masked.cumsum(1) == 0)
-            done = done | ((is_eos & (tokens != new)).any(1) & clear.any(1))
+            done = done | clear.any(1)
         return new, state._replace(step=state.step + 1, forward_index=state.forward_index + 1), done
 
 

@@ -11,20 +11,15 @@ import torch
 from llada_kernels import generation
 from llada_kernels.generation import Engine, LLaDA20, LLaDA21, StepRecorder, plain
 
-from .toy import ToyModel, engine_rows, plain_rows, random_case
+from .toy import ToyModel, assert_rows_equal_plain, random_case
 
 
 @pytest.mark.parametrize("first", range(0, 200, 25))
 def test_200_random_draws_equal_the_plain_loops(first: int) -> None:
-    """Tokens and forwards of every row, greedy and sampled, alone and in a batch. Fewer forwards only after an EOS."""
+    """Tokens and forwards of every row, greedy and sampled, alone and in a batch."""
     for seed in range(first, first + 25):
         case = random_case(random.Random(seed))
-        model = ToyModel(case["vocab"], seed=case["model_seed"])
-        rule = case["args"]["decoding"]
-        for (want, official), (got, forwards) in zip(plain_rows(model, case), engine_rows(model, case), strict=True):
-            assert got == want, (seed, case)
-            goes_on_after_eos = rule != "llada2.0" and case["eos_id"] in want
-            assert forwards == official or (goes_on_after_eos and forwards < official), (seed, case)
+        assert_rows_equal_plain(ToyModel(case["vocab"], seed=case["model_seed"]), case)
 
 
 def test_the_draws_cover_what_they_should() -> None:
@@ -92,6 +87,9 @@ def test_prefill_and_commit_ride_along() -> None:
     assert max(model.logit_rows) <= 8, "the LM head serves the block only, never a prompt or a finished block"
     assert sum(model.logit_rows) < 8 * len(model.logit_rows), "and of it only the masked positions"
     assert model.logit_rows[0] == 4
+    model.logit_rows.clear()
+    generation.generate(model, prompt, gen_length=20, block_length=8, editing_threshold=0.9, eos_id=-1, max_post_steps=1)
+    assert model.logit_rows[0] == 4 and max(model.logit_rows) == 8, "editing reads written tokens too, but no prompt"
 
 
 def test_rows_leave_early_and_make_room() -> None:
@@ -178,6 +176,22 @@ def test_eos_early_stop_leaves_inside_a_block() -> None:
     assert early[0].tolist() == [46] and early.num_forwards == 1
     late = generation.generate(model, [1] * 8, gen_length=64, block_length=8)
     assert late[0].tolist() == [46] and late.num_forwards == 8
+
+
+def test_eos_early_stop_waits_for_what_comes_before_the_eos() -> None:
+    """EOS is written before the positions in front of it, and an EOS in the prompt's tail must not count as the first."""
+    model = ToyModel(seed=5)
+
+    def eos_at_position_5(logits: torch.Tensor) -> torch.Tensor:
+        flat = torch.zeros_like(logits)
+        flat[:, 5] = 3.0
+        if len(model.logit_rows) == 1:  # positions 3 to 7 of the block are masked
+            flat[2, 46] = 20.0
+        return flat
+
+    model.edit_logits = eos_at_position_5
+    early = generation.generate(model, [1, 46, 2], gen_length=30, block_length=8, eos_early_stop=True)
+    assert early[0].tolist() == [5, 5, 46] and early.num_forwards == 3
 
 
 def test_rule_objects_and_names_agree() -> None:

@@ -70,7 +70,7 @@ class ToyModel:
 
 
 def random_case(draw: random.Random, family: str | None = None) -> dict[str, Any]:
-    """Prompts and arguments of one random generation (mask id vocab - 1, eos id vocab - 2 or never), for any rule."""
+    """Prompts and arguments of one random generation (mask id vocab - 1), for any rule."""
     vocab = draw.choice([16, 48])
     rule = family or draw.choice(["llada2.0", "llada2.1", "low_confidence"])
     block = draw.choice([1, 3, 4, 8, 13])
@@ -110,6 +110,29 @@ def plain_rows(model: Any, case: dict[str, Any]) -> list[tuple[list[int], int]]:
     loop, ids = PLAIN[case["args"]["decoding"]], {"mask_id": case["vocab"] - 1, "eos_id": case["eos_id"]}
     rows = (loop(model, torch.tensor(p), seed=case["seed"], **ids, **args) for p in case["prompts"])
     return [(tokens.tolist(), forwards) for tokens, forwards in rows]
+
+
+def with_likely_eos(model: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """The case with an EOS id that the first prompt's output contains, unless the case is to go on for ever."""
+    if case["eos_id"] < 0:
+        return case
+    first = plain_rows(model, {**case, "eos_id": -1, "prompts": case["prompts"][:1]})[0][0]
+    return {**case, "eos_id": random.Random(case["seed"]).choice(first)}
+
+
+def assert_rows_equal_plain(model: Any, case: dict[str, Any]) -> bool:
+    """Tokens and forwards of every row against the plain loop; whether a row ended with an EOS and needed fewer forwards.
+
+    Fewer forwards than the official loop: where that goes on after the first EOS, or looks for it only when it writes one.
+    """
+    case, fewer = with_likely_eos(model, case), False
+    args = case["args"]
+    may_be_fewer = args["decoding"] != "llada2.0" or args["eos_early_stop"]
+    for (want, official), (got, forwards) in zip(plain_rows(model, case), engine_rows(model, case), strict=True):
+        assert got == want, case
+        assert forwards == official or (case["eos_id"] in want and may_be_fewer and forwards < official), case
+        fewer = fewer or forwards < official
+    return fewer
 
 
 def engine_rows(model: Any, case: dict[str, Any]) -> list[tuple[list[int], int]]:
