@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .config import read_json_object
 
-__all__ = ["CheckpointError", "TensorInfo", "find_tensors", "replace_file", "write_safetensors"]
+__all__ = ["CheckpointError", "TensorInfo", "find_tensors", "read_tensor", "replace_file", "write_safetensors"]
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20
 _MAX_DIMS = 8
+_BUFFER_BYTES = 16 << 20
 _SHOWN_PROBLEMS = 200
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
@@ -50,13 +51,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about one tensor; ``begin`` and ``end`` count bytes from the start of the data."""
+    """What a header says about one tensor; ``begin`` and ``end`` count bytes from the start of the data, at ``data`` in the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    data: int
 
 
 def find_tensors(directory: Path, problems: list[str]) -> dict[str, TensorInfo]:
@@ -149,7 +151,7 @@ def read_header(file: Path, problems: list[str]) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
-        info = _entry(file, entry)
+        info = _entry(file, entry, 8 + length)
         if isinstance(info, str):
             problems.append(f"tensor {name}: {info} (header of {file.name})")
         else:
@@ -169,7 +171,7 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
-def _entry(file: Path, entry: Any) -> TensorInfo | str:
+def _entry(file: Path, entry: Any, data: int) -> TensorInfo | str:
     """One entry of a header, or what is wrong with it."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"expected dtype, shape and data_offsets, got {entry!r:.80}"
@@ -185,7 +187,7 @@ def _entry(file: Path, entry: Any) -> TensorInfo | str:
         expected *= n
     if offsets[1] - offsets[0] != expected:
         return f"data_offsets: expected {expected} bytes for {dtype} of shape {tuple(shape)}, got {offsets[1] - offsets[0]}"
-    return TensorInfo(file, dtype, tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(file, dtype, tuple(shape), offsets[0], offsets[1], data)
 
 
 def _check_ranges(file: Path, tensors: dict[str, TensorInfo], data: int, complete: bool, problems: list[str]) -> None:
@@ -203,6 +205,33 @@ def _check_ranges(file: Path, tensors: dict[str, TensorInfo], data: int, complet
             reached, previous = t.end, name
     if complete and not cut and reached != data:
         problems.append(f"{file.name}: expected {reached} bytes of data by its header, got {data}")
+
+
+def read_tensor(file: BinaryIO, info: TensorInfo, target: Tensor) -> None:
+    """Read one tensor from its open file into ``target``, any strided view of its shape on any device, converting the dtype.
+
+    Bytes go straight into the target where that is possible, else through a buffer of a few megabytes: a mapped file would
+    count as memory of this process as far as it is read.
+
+    Raises:
+        ValueError: the file has become shorter since its header was read.
+    """
+    file.seek(info.data + info.begin)
+    _read(file, target, TORCH_DTYPES[info.dtype])
+
+
+def _read(file: BinaryIO, target: Tensor, dtype: torch.dtype) -> None:
+    if not target.is_contiguous():
+        for part in target:
+            _read(file, part, dtype)
+        return
+    direct = target.device.type == "cpu" and target.dtype == dtype
+    for part in target.view(-1).split(_BUFFER_BYTES // dtype.itemsize):
+        buffer = part if direct else torch.empty(part.shape, dtype=dtype)
+        if file.readinto(buffer.view(torch.uint8).numpy().data) != buffer.numel() * dtype.itemsize:  # type: ignore[attr-defined]
+            raise ValueError(f"{file.name}: expected the tensors of its header, got a file that ends within them")
+        if not direct:
+            part.copy_(buffer)
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ._checkpoint_files import (
@@ -25,6 +24,7 @@ from ._checkpoint_files import (
     CheckpointError,
     TensorInfo,
     find_tensors,
+    read_tensor,
     replace_file,
     sync_directory,
     write_safetensors,
@@ -156,9 +156,9 @@ def _copy(tensors: dict[str, TensorInfo], slots: dict[str, Slot], state: dict[st
         if name in tensors:
             files.setdefault(tensors[name].file, []).append(name)
     for file, names in files.items():
-        with safe_open(file, framework="pt", device="cpu") as f:
+        with open(file, "rb") as f:
             for name in sorted(names, key=lambda n: tensors[n].begin):
-                slots[name].of(state[slots[name].parameter]).copy_(f.get_tensor(name))
+                read_tensor(f, tensors[name], slots[name].of(state[slots[name].parameter]))
 
 
 def save(model: Model, path: str | os.PathLike[str], layout: str = "per_expert", max_shard_size: int | str = "5GB") -> None:
