@@ -103,6 +103,7 @@ def check_token_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None
         raise ValueError(f"{name}: expected token ids of 0 to {vocab_size - 1}, got {int(ids[at])} at {list(at)}")
 
 
+@torch.compiler.disable  # masks are planned on the host, with numpy: a graph with fullgraph=True takes one that exists
 @functools.lru_cache(maxsize=16)
 def plain_mask(batch: int, length: int, causal: bool, device: torch.device) -> DiffusionMask:
     """The default visibility: within each row, in both directions or causal. Kept, because its tile plan is built on the host."""

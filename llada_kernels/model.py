@@ -182,7 +182,8 @@ class Model(nn.Module):
     ) -> ModelOutput:
         """Logits of a batch of rows [B, S], or of tokens packed into one row [T].
 
-        Without any mask tokens see their whole row, in both directions; for the autoregressive parent, causally.
+        Without any mask tokens see their whole row, in both directions; for the autoregressive parent, causally. Under
+        ``torch.compile(fullgraph=True)`` pass a DiffusionMask: the other forms are made into one on the host.
 
         Args:
             input_ids: int64 or int32 [B, S] or [T], ids inside the vocabulary.
@@ -207,7 +208,7 @@ class Model(nn.Module):
             TypeError: an argument of the wrong Python type.
             ValueError: wrong shapes, dtypes or devices, ids outside the vocabulary, arguments that exclude each other.
 
-        Precision: rounds where the official code does (research: norms cast before they scale, router in fp32); logits are
+        Precision: rounds where the official code does (norms cast before they scale, router in fp32); logits are
             computed in the dtype of the model, then cast to fp32.
         Determinism: bitwise repeatable, for any number of threads in this package's own kernels.
         """

@@ -242,3 +242,19 @@ def test_router_outputs_are_differentiable_and_biases_are_not_trained():
     routers[2].logits.square().sum().backward()
     assert m.layers[2].mlp.router.weight.grad.abs().sum() > 0
     assert not m.layers[2].mlp.router.expert_bias.requires_grad
+
+
+def test_the_whole_model_is_one_graph():
+    m = random_model(LLADA2).requires_grad_(True)
+    ids, mask = torch.randint(320, (24,)), DiffusionMask.block_causal([0, 10, 24], 4)
+
+    def loss(model, tokens):
+        return model(tokens, mask=mask, labels=tokens).loss
+
+    gradients = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        m.zero_grad()
+        function(m, ids).backward()
+        gradients.append([p.grad.clone() for p in m.parameters()])
+    for plain, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=1e-5)
