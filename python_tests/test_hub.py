@@ -1,6 +1,7 @@
 """Checkpoints: official layouts in and out bitwise, every refusal, crash safety, memory."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -547,3 +548,19 @@ def test_slots_cover_every_parameter_exactly_once():
                 assert view.shape == slot.shape
                 view.add_(1)
             assert all((t == 1).all() for t in state.values())
+
+
+def test_the_released_models_have_the_published_numbers_of_tensors_and_weights():
+    mini = Config(
+        vocab_size=157184, hidden_size=2048, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=4, head_dim=128,
+        rotary_dim=64, rope_theta=6e5, intermediate_size=5120, moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8,
+        moe_layers=(False,) + (True,) * 19, shared_expert_intermediate_size=512, n_group=8, topk_group=4,
+    )  # fmt: skip
+    flash = replace(
+        mini, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=9216, moe_intermediate_size=1024,
+        moe_layers=(False,) + (True,) * 31, shared_expert_intermediate_size=1024,
+    )  # fmt: skip
+    for config, tensors, billions in ((mini, 14813, 16.26), (flash, 24161, 102.89)):
+        slots = tensor_slots(config)
+        assert len(slots) == tensors
+        assert round(sum(math.prod(slot.shape) for slot in slots.values()) / 1e9, 2) == billions
