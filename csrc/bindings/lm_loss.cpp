@@ -46,13 +46,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lm_loss(const Tensor& hidden,
   Tensor entropy = zeros(hidden, {with_entropy ? tokens : 0}, ScalarType::Float);
   Tensor correct = zeros(hidden, {tokens}, ScalarType::Bool);
   Tensor statistics = zeros(hidden, {tokens, 4}, ScalarType::Float);
-  lm_loss_cpu({hidden.scalar_type() == ScalarType::BFloat16, tokens, int64_t(index.size()), hidden.size(1), vocab, EntropyOf(entropy_of),
-               float(temperature), hidden.const_data_ptr(), lm_head.const_data_ptr(),
-               static_cast<const int64_t*>(targets.const_data_ptr()), static_cast<const float*>(weights.const_data_ptr()), index.data(),
-               static_cast<float*>(loss.mutable_data_ptr()), static_cast<float*>(token_losses.mutable_data_ptr()),
-               with_entropy ? static_cast<float*>(entropy.mutable_data_ptr()) : nullptr, static_cast<bool*>(correct.mutable_data_ptr()),
-               static_cast<TokenStatistics*>(statistics.mutable_data_ptr())},
-              torch_threads());
+  lm_loss_cpu(
+      {hidden.scalar_type() == ScalarType::BFloat16, tokens, int64_t(index.size()), hidden.size(1), vocab, EntropyOf(entropy_of),
+       float(temperature), hidden.const_data_ptr(), lm_head.const_data_ptr(), static_cast<const int64_t*>(targets.const_data_ptr()),
+       static_cast<const float*>(weights.const_data_ptr()), index.data(), static_cast<float*>(loss.mutable_data_ptr()),
+       static_cast<float*>(token_losses.mutable_data_ptr()), with_entropy ? static_cast<float*>(entropy.mutable_data_ptr()) : nullptr,
+       static_cast<bool*>(correct.mutable_data_ptr()), static_cast<TokenStatistics*>(statistics.mutable_data_ptr())},
+      torch_threads());
   return {loss, token_losses, entropy, correct, statistics};
 }
 
@@ -81,12 +81,12 @@ std::tuple<Tensor, Tensor> lm_loss_backward(const Tensor& grad_loss, const Tenso
   }
   Tensor grad_hidden = zeros(hidden, {need_hidden ? tokens : 0, width}, hidden.scalar_type());
   Tensor grad_lm_head = torch::stable::new_empty(lm_head, {need_lm_head ? vocab : 0, width}, hidden.scalar_type());
-  lm_loss_backward_cpu({hidden.scalar_type() == ScalarType::BFloat16, tokens, int64_t(index.size()), width, vocab, float(temperature),
-                        hidden.const_data_ptr(), lm_head.const_data_ptr(), static_cast<const int64_t*>(targets.const_data_ptr()),
-                        index.data(), static_cast<const TokenStatistics*>(statistics.const_data_ptr()), cross_entropy.data(),
-                        with_entropy ? entropy.data() : nullptr, need_hidden ? grad_hidden.mutable_data_ptr() : nullptr,
-                        need_lm_head ? grad_lm_head.mutable_data_ptr() : nullptr},
-                       torch_threads());
+  lm_loss_backward_cpu(
+      {hidden.scalar_type() == ScalarType::BFloat16, tokens, int64_t(index.size()), width, vocab, float(temperature),
+       hidden.const_data_ptr(), lm_head.const_data_ptr(), static_cast<const int64_t*>(targets.const_data_ptr()), index.data(),
+       static_cast<const TokenStatistics*>(statistics.const_data_ptr()), cross_entropy.data(), with_entropy ? entropy.data() : nullptr,
+       need_hidden ? grad_hidden.mutable_data_ptr() : nullptr, need_lm_head ? grad_lm_head.mutable_data_ptr() : nullptr},
+      torch_threads());
   return {grad_hidden, grad_lm_head};
 }
 

@@ -11,9 +11,9 @@ namespace {
 // Logits exist in tiles of kRows x kColumns; the vocabulary is split in a way that depends on nothing but its size, and partial
 // results are merged in order: the outcome does not depend on the number of threads.
 constexpr int64_t kRows = 32, kColumns = 64;
-constexpr int64_t kItemTokens = 256;           // forward: one item's tokens, which share the tile of weights in the cache
-constexpr int64_t kSplit = 2048;               // vocabulary of one item (forward) and of one chunk (backward)
-constexpr int64_t kChunkTokens = 1024;         // backward: gradients of kChunkTokens x kSplit logits exist at once
+constexpr int64_t kItemTokens = 256;    // forward: one item's tokens, which share the tile of weights in the cache
+constexpr int64_t kSplit = 2048;        // vocabulary of one item (forward) and of one chunk (backward)
+constexpr int64_t kChunkTokens = 1024;  // backward: gradients of kChunkTokens x kSplit logits exist at once
 constexpr int64_t kGradRows = 48, kGradColumns = 256, kGradDepth = 256;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -230,8 +230,7 @@ void backward(const LmLossBackwardParams& p, const Parallel& parallel) {
       const float* z = grad_logits.data();
       if (p.grad_hidden != nullptr)
         parallel_product(parallel, z, columns, 1, lm_head + v0 * width, width, tokens, columns, grad_rows.data() + t0 * width);
-      if (p.grad_lm_head != nullptr)
-        parallel_product(parallel, z, 1, columns, hidden.rows + t0 * width, width, columns, tokens, head_sums);
+      if (p.grad_lm_head != nullptr) parallel_product(parallel, z, 1, columns, hidden.rows + t0 * width, width, columns, tokens, head_sums);
     }
     if (p.grad_lm_head != nullptr && !kDirect)
       parallel.ranges(columns, 32768 / (width + 1) + 1, [&](int64_t begin, int64_t end) {

@@ -124,7 +124,8 @@ inline uint32_t order_key(float x) {
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
-// The shortest non-empty prefix of at least `count` ids or of at least `mass` (whichever `by_count` says): a radix select, a byte at a time.
+// The shortest non-empty prefix of at least `count` ids or of at least `mass` (whichever `by_count` says): a radix select, a byte at a
+// time.
 template <class T>
 Prefix shortest_prefix(const T* x, const double* weight, int64_t vocab, bool by_count, int64_t count, double mass) {
   int64_t count_above = 0;
@@ -202,8 +203,7 @@ Choice sample(const ThresholdUnmaskParams& p, int64_t row, const T* x, const Bes
   if (k < vocab || top_p < 1.0) {
     Prefix prefix;
     if (k < vocab) prefix = shortest_prefix(x, weight, vocab, true, k, 0);
-    if (top_p < 1.0)
-      prefix = shortest_prefix(x, weight, vocab, false, 0, top_p * (k < vocab ? prefix.mass : block_sum(weight, vocab)));
+    if (top_p < 1.0) prefix = shortest_prefix(x, weight, vocab, false, 0, top_p * (k < vocab ? prefix.mass : block_sum(weight, vocab)));
     int64_t ties = prefix.ties;
     for (int64_t i = 0; i < vocab; ++i) {
       const uint32_t key = order_key(to_float(x[i]));

@@ -12,9 +12,7 @@ from .dispatch import Backend, run
 __all__ = ["rope", "rope_tables"]
 
 
-def rope_tables(
-    position_ids: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rope_tables(position_ids: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The cos and sin tables that :func:`rope` takes.
 
     Args:
@@ -69,10 +67,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> 
     check_tensor("cos", cos, 2)
     rotary_dim = cos.shape[1]
     if rotary_dim > head_dim or rotary_dim % 2:
-        raise ValueError(
-            f"cos: expected an even number of columns, at most head_dim {head_dim}, "
-            f"got {rotary_dim}"
-        )
+        raise ValueError(f"cos: expected an even number of columns, at most head_dim {head_dim}, got {rotary_dim}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, 2)
         check_shape(name, table, tokens, rotary_dim)
@@ -117,9 +112,7 @@ if _library.load_error is None:
         cos, sin = ctx.saved_tensors
         return torch.ops.llada_kernels.rope_backward(grad_y.contiguous(), cos, sin), None, None
 
-    torch.library.register_autograd(
-        "llada_kernels::rope", _backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("llada_kernels::rope", _backward, setup_context=_setup_context)
 
 
 BACKENDS = (

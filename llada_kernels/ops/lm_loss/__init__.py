@@ -86,9 +86,7 @@ def lm_loss(
     if entropy not in (None, "all", "correct"):
         raise ValueError(f"entropy: expected None, 'all' or 'correct', got {entropy!r}")
     if not (entropy_temperature > 0 and math.isfinite(entropy_temperature)):
-        raise ValueError(
-            f"entropy_temperature: expected a finite number above 0, got {entropy_temperature}"
-        )
+        raise ValueError(f"entropy_temperature: expected a finite number above 0, got {entropy_temperature}")
     arguments = (hidden, lm_head, targets, weights, entropy, float(entropy_temperature))
     return LMLoss(*run("lm_loss", BACKENDS, backend, *arguments))
 

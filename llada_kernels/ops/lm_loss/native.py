@@ -13,9 +13,7 @@ from ..dispatch import Backend
 _ENTROPY_OF = {None: 0, "all": 1, "correct": 2}
 
 
-def _supports(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, *_: object
-) -> str | None:
+def _supports(hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, *_: object) -> str | None:
     if weights.requires_grad:
         return "native does not differentiate weights, which require a gradient"
     return native_reason(hidden, lm_head, targets, weights)
@@ -82,9 +80,7 @@ if _library.load_error is None:
             None, None, None, None,
         )  # fmt: skip
 
-    torch.library.register_autograd(
-        "llada_kernels::lm_loss", _backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("llada_kernels::lm_loss", _backward, setup_context=_setup_context)
 
 
 BACKEND = Backend("native", _supports, _native)

@@ -13,9 +13,7 @@ from ..dispatch import Backend
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def _chunk_terms(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_terms(hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy, entropy (of all) and correctness of one chunk."""
     logits = hidden @ lm_head.T
     picked = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -28,9 +26,7 @@ def _chunk_terms(
     return losses, entropy, logits.detach().argmax(1) == targets
 
 
-def _terms(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _terms(hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor]:
     rows = max(1, _CHUNK_ELEMENTS // lm_head.shape[0])
     parts = [
         checkpoint(
@@ -68,12 +64,8 @@ def lm_loss_reference(
         correct = correct & kept
     else:
         index = kept.nonzero().squeeze(1)
-        parts = _terms(
-            hidden[index].to(dtype), lm_head.to(dtype), targets[index], temperature
-        )
-        losses, entropies, correct = (
-            part.new_zeros(kept.shape).index_copy(0, index, part) for part in parts
-        )
+        parts = _terms(hidden[index].to(dtype), lm_head.to(dtype), targets[index], temperature)
+        losses, entropies, correct = (part.new_zeros(kept.shape).index_copy(0, index, part) for part in parts)
     if entropy == "correct":
         entropies = torch.where(correct, entropies, torch.zeros_like(entropies))
     loss = (weights * losses).sum()
@@ -85,10 +77,7 @@ def check_targets(targets: Tensor, kept: Tensor, vocab: int) -> None:
     wrong = (kept & ((targets < 0) | (targets >= vocab))).nonzero()
     if wrong.numel():
         i = int(wrong[0])
-        raise ValueError(
-            f"targets: expected ids in [0, {vocab}) where the weight is not 0, "
-            f"got {int(targets[i])} at position {i}"
-        )
+        raise ValueError(f"targets: expected ids in [0, {vocab}) where the weight is not 0, got {int(targets[i])} at position {i}")
 
 
 BACKEND = Backend("reference", lambda *_: None, lm_loss_reference)

@@ -14,9 +14,7 @@ def _supports(logits: Tensor, tokens: Tensor, *_: object) -> str | None:
     return native_reason(logits, tokens)
 
 
-def _native(
-    logits: Tensor, tokens: Tensor, mask_token_id: int, *parameters: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _native(logits: Tensor, tokens: Tensor, mask_token_id: int, *parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     contiguous = (None if p is None else p.contiguous() for p in parameters)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask(
         logits.detach().contiguous(), tokens.contiguous(), mask_token_id, *contiguous

@@ -25,9 +25,7 @@ _LOG2E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01  # trailing bits zero: products with small integers are exact
 _LN2_LOW = 1.90821492927058770002e-10
 _ROUND = 6755399441055744.0  # 1.5 * 2**52: adding and subtracting it rounds to an integer
-_TAYLOR = tuple(
-    1.0 / f for f in (39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1)
-)
+_TAYLOR = tuple(1.0 / f for f in (39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1))
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -218,9 +216,7 @@ def _apply(
             edited = edited & editable
     wrong = bad.any(1)
     written = (unmasked | edited) & ~wrong.unsqueeze(1)
-    counts = torch.stack((unmasked.sum(1), edited.sum(1)), dim=1).masked_fill(
-        wrong.unsqueeze(1), -1
-    )
+    counts = torch.stack((unmasked.sum(1), edited.sum(1)), dim=1).masked_fill(wrong.unsqueeze(1), -1)
     return torch.where(written, choice, tokens), confidence, counts.to(torch.int32)
 
 
