@@ -145,10 +145,11 @@ inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, floa
     }
 }
 
+// panel: 32-bit elements from one panel of `packed` to the next, where it was packed for more k than are multiplied here; 0: as many.
 template <class T>
 __attribute__((noinline)) void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
-                                           int64_t ldc, bool accumulate = false) {
-  const int64_t panel = packed_size<T>(kPanel, k);
+                                           int64_t ldc, bool accumulate = false, int64_t panel = 0) {
+  if (panel == 0) panel = packed_size<T>(kPanel, k);
   for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
     const float* b = reinterpret_cast<const float*>(packed);
     const int64_t columns = n - j < kPanel ? n - j : kPanel;

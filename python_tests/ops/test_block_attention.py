@@ -218,15 +218,16 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(q, other), block_attention(q, k, v, other, backend="reference").sin())
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_lower_cpu_levels(level):
     """The kernels of the levels below this machine's own one, chosen by environment variable in a process of their own."""
     code = (
         "import torch\n"
-        "from python_tests.ops.test_block_attention import MASKS, check\n"
-        "for name in ('training', 'row_origin', 'intervals'):\n"
-        "    for dtype in (torch.float32, torch.bfloat16):\n"
-        "        check('native', MASKS[name](), 6, 2, 40, dtype)\n"
+        "from python_tests.ops import test_block_attention as plain, test_cached_block_attention as cached\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for name in ('training', 'row_origin', 'intervals'):\n"
+        "        plain.check('native', plain.MASKS[name](), 6, 2, 40, dtype)\n"
+        "    cached.check('native', cached.Case(*cached.ROWS['ragged'], 6, 2, 40, dtype))\n"
         "print(torch.ops.llada_kernels.cpu_level())\n"
     )
     environment = {**os.environ, "LLADA_KERNELS_CPU": level}

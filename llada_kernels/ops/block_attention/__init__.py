@@ -40,7 +40,8 @@ def block_attention(
         ValueError: wrong shape, dtype or device; mask and inputs differ in length; the named backend does not support the call.
         TypeError: an argument has a wrong Python type.
 
-    Precision: scores, probabilities and sums in fp32 (fp64 for fp64 inputs), one rounding at the end.
+    Precision: scores and sums in fp32 (fp64 for fp64 inputs), one rounding at the end. Native rounds the probabilities of bf16 inputs
+        to bf16 before they multiply v where the CPU multiplies bf16, as PyTorch does.
     Determinism: bitwise repeatable forward and backward, for any number of threads; differentiable in q, k and v.
     """
     check_attention_inputs(q, k, v, "k", "v")

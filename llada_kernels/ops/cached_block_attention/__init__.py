@@ -50,7 +50,8 @@ def cached_block_attention(
             outside the cache; the named backend does not support the call.
         TypeError: an argument has a wrong Python type.
 
-    Precision: scores, probabilities and sums in fp32 (fp64 for fp64 inputs), one rounding at the end.
+    Precision: scores and sums in fp32 (fp64 for fp64 inputs), one rounding at the end. Native rounds the probabilities of bf16 inputs
+        to bf16 before they multiply v where the CPU multiplies bf16, as PyTorch does.
     Determinism: bitwise repeatable, for any number of threads; a row's result does not depend on the other rows. Native is inference
         only, the reference is differentiable.
     """
