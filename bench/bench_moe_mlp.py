@@ -1,0 +1,129 @@
+"""moe_mlp at the geometry of the mini model, 1 to 8192 tokens, three distributions of the routing; forward, and with backward."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llada_kernels.ops import Routing
+from llada_kernels.ops.moe_mlp import moe_mlp
+
+from .checks import as_exact_as
+from .harness import Case, Settings, Variant, backends
+from .moe_baselines import exact_expert_gradients, exact_tokens, grouped_mm_mlp, official_loop
+from .runner import main
+from .shapes import MINI, ROUTINGS, expert_weights, mini_routing
+
+OP = importlib.import_module("llada_kernels.ops.moe_mlp")
+Call = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+#: tokens, routing: forward cases per dtype
+FULL = {
+    torch.bfloat16: [(1, "uniform"), *[(32, r) for r in ROUTINGS], *[(512, r) for r in ROUTINGS], (2048, "uniform"), (8192, "uniform")],
+    torch.float32: [(32, "uniform"), (512, "uniform")],
+}
+QUICK = {torch.bfloat16: [(1, "uniform"), (32, "llada-block")], torch.float32: [(32, "zipf0.5")]}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    quick = settings.quick
+    hidden, width, experts = (256, 64, 16) if quick else (MINI["H"], MINI["I"], MINI["E"])
+    for dtype, forwards in (QUICK if quick else FULL).items():
+        weights = None
+        trained = 64 if quick else 2048
+        wanted = [(t, r, False) for t, r in forwards] + ([(trained, "uniform", True)] if dtype == torch.bfloat16 else [])
+        for tokens, kind, backward in wanted:
+            name = f"{tokens} tokens, {kind}, forward{'+backward' if backward else ''}"
+            if not settings.wants(name, dtype):
+                continue
+            weights = expert_weights(dtype, experts, width, hidden) if weights is None else weights
+            yield (forward_backward if backward else forward)(name, tokens, kind, dtype, weights, settings)
+
+
+def forward(name: str, tokens: int, kind: str, dtype: torch.dtype, weights: tuple[Tensor, Tensor], settings: Settings) -> Case:
+    x, routing = make(tokens, kind, dtype, weights)
+    sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:16]
+    exact, same = (exact_tokens(x, routing, *weights, sample, d) for d in (torch.float64, dtype))
+
+    # Few tokens touch few experts, which a cache would keep from call to call: other experts each time.
+    others = range(1, 16 if tokens * MINI["K"] < weights[0].shape[0] else 1)
+    routings = [routing, *(mini_routing(tokens, kind, seed, weights[0].shape[0]) for seed in others)]
+
+    def one(call: Call) -> Callable[[], Tensor]:
+        turn = itertools.cycle(routings)
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return call(x, next(turn), *weights)
+
+        return run
+
+    return case(name, routing, dtype, weights, one, as_exact_as([exact], [same], lambda y: [y[sample]]), 6, 1, settings)
+
+
+def forward_backward(name: str, tokens: int, kind: str, dtype: torch.dtype, weights: tuple[Tensor, Tensor], settings: Settings) -> Case:
+    x, routing = make(tokens, kind, dtype, weights)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:8]
+    expert = int(routing.offsets.diff().argmax())
+
+    def one(call: Call) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            leaves = [t.detach().requires_grad_() for t in (x, *weights, routing.topk_weights)]
+            out = call(leaves[0], routing._replace(topk_weights=leaves[3]), leaves[1], leaves[2])
+            return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+        return run
+
+    def values(d: torch.dtype) -> list[Tensor]:
+        leaf = x.to(d).requires_grad_()
+        out = exact_tokens(leaf, routing, *weights, sample, d)
+        (grad_x,) = torch.autograd.grad(out, leaf, grad[sample].to(d))
+        return [out.detach(), grad_x[sample], *exact_expert_gradients(x, routing, *weights, grad, expert, d)]
+
+    def pick(result: tuple[Tensor, ...]) -> list[Tensor]:
+        out, grad_x, grad_gate_up, grad_down, _ = result
+        return [out[sample], grad_x[sample], grad_gate_up[expert], grad_down[expert]]
+
+    return case(name, routing, dtype, weights, one, as_exact_as(values(torch.float64), values(dtype), pick), 18, 3, settings)
+
+
+def make(tokens: int, kind: str, dtype: torch.dtype, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Routing]:
+    experts, hidden = weights[0].shape[0], weights[0].shape[2]
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return x, mini_routing(tokens, kind, experts=experts)
+
+
+def case(
+    name: str, routing: Routing, dtype: torch.dtype, weights: tuple[Tensor, Tensor], one: Callable[[Call], Callable[[], Any]],
+    check: Callable[[Any], str | None], flops_per_pair: int, passes: int, settings: Settings,
+) -> Case:  # fmt: skip
+    """``passes``: how often weights come from or go to memory: read; or read, read again and gradients written."""
+    experts, hidden, width = weights[0].shape[0], weights[0].shape[2], weights[1].shape[2]
+    tokens, top_k = routing.topk_ids.shape
+    rows = routing.offsets.diff()
+    distinct = int((rows > 0).sum())
+    ways = {b.name: one(partial(moe_mlp, backend=b.name)) for b in OP.BACKENDS}
+    variants = backends(OP, lambda backend: ways[backend]())
+    single = one(lambda *a: moe_mlp(*a, backend="native"))
+    if settings.threads > 1 and tokens >= 32:
+        variants.insert(1, Variant("native, 1 thread", single, threads=1))
+    variants.append(Variant("F.grouped_mm", one(grouped_mm_mlp)))
+    variants.append(Variant("official per-expert loop", one(official_loop)))
+    shapes = {
+        "tokens": tokens, "hidden": hidden, "width": width, "experts": experts, "top_k": top_k, "distinct_experts": distinct,
+        "rows_per_expert": [int(rows.min()), int(rows.median()), int(rows.max())],
+    }  # fmt: skip
+    one_expert = 3 * width * hidden * weights[0].element_size()
+    size = passes * distinct * one_expert + 2 * tokens * hidden * weights[0].element_size()
+    return Case("moe_mlp", name, dtype, shapes, variants, check, float(flops_per_pair * tokens * top_k * width * hidden), float(size))
+
+
+if __name__ == "__main__":
+    sys.exit(main("moe_mlp", cases))

@@ -1,0 +1,63 @@
+"""threshold_unmask over the logits of a block of 32 tokens and the vocabulary of the mini model: greedy, and drawing at temperature 1."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llada_kernels.ops.threshold_unmask import Unmasked, threshold_unmask
+
+from .checks import close, equal
+from .harness import Case, Settings, Variant, backends
+from .runner import main
+from .shapes import MINI, rotate
+
+OP = importlib.import_module("llada_kernels.ops.threshold_unmask")
+LENGTH = 32
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    vocab = 4096 if settings.quick else MINI["V"]
+    for dtype in (torch.float32, torch.bfloat16):
+        if settings.wants(name := f"greedy 1 x {LENGTH} x {vocab}", dtype):
+            yield sampler(name, 1, vocab, dtype, {"threshold": 0.9}, settings)
+    if settings.wants(name := f"greedy 8 x {LENGTH} x {vocab}", torch.bfloat16):
+        yield sampler(name, 8, vocab, torch.bfloat16, {"threshold": 0.9, "editing_threshold": 0.9}, settings)
+    if settings.wants(name := f"temperature 1, top_p 0.95, 1 x {LENGTH} x {vocab}", torch.float32):
+        yield sampler(name, 1, vocab, torch.float32, {"threshold": 0.9, "temperature": 1.0, "top_p": 0.95, "seed": 1}, settings)
+
+
+def softmax_max(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence and choice of every position as the official loops compute them, without the decision that follows."""
+    return logits.softmax(-1, dtype=torch.float32).max(-1)
+
+
+def sampler(name: str, rows: int, vocab: int, dtype: torch.dtype, options: dict[str, Any], settings: Settings) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    # A trained model is sure of some positions and not of others: spreads of 1 to 6.
+    spread = torch.linspace(1, 6, LENGTH)[:, None]
+    logits = (torch.randn(rows, LENGTH, vocab, generator=generator) * spread).to(dtype)
+    mask_id = vocab - 1
+    logits[..., mask_id] = -30.0
+    tokens = torch.randint(0, mask_id, (rows, LENGTH), generator=generator)
+    tokens[:, LENGTH // 4 :] = mask_id
+    copies = rotate(logits.clone, logits.numel() * logits.element_size(), settings.quick)
+    expected = threshold_unmask(logits, tokens, mask_id, backend="reference", **options)
+    exact = equal([expected.tokens, expected.confidence, expected.counts])
+    variants = backends(OP, lambda backend: threshold_unmask(next(copies), tokens, mask_id, backend=backend, **options))
+    if "temperature" not in options:
+        variants.append(Variant("softmax + max", lambda: softmax_max(next(copies))))
+    confidence = close([expected.confidence], 1e-4, lambda r: [r[0]])
+    return Case(
+        "threshold_unmask", name, dtype, {"rows": rows, "length": LENGTH, "vocabulary": vocab, **options}, variants,
+        lambda r: exact(r) if isinstance(r, Unmasked) else confidence(r), None, float(logits.numel() * logits.element_size()),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main("threshold_unmask", cases))

@@ -1,0 +1,261 @@
+"""What a bench is made of, and how a case is measured: values first, then all variants interleaved."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .ceilings import Ceilings
+
+__all__ = ["Case", "Settings", "Statistics", "Variant", "backends", "interleave", "measure", "repetitions", "statistics"]
+
+Role = Literal["ours", "baseline", "yardstick"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bench runs.
+
+    Attributes:
+        quick: small shapes and few repetitions: that everything works, not how fast it is.
+        threads: of torch, for every variant that does not name its own.
+        only: a text that the name of a case (``"decode 4096 bfloat16"``) must contain; "" takes all.
+        seconds: time for the repetitions of one variant.
+        min_reps: fewest repetitions of a variant that takes less than a second.
+        max_reps: most repetitions.
+    """
+
+    quick: bool = False
+    threads: int = 1
+    only: str = ""
+    seconds: float = 1.0
+    min_reps: int = 5
+    max_reps: int = 300
+
+    @classmethod
+    def of(cls, quick: bool, threads: int, only: str = "") -> Settings:
+        """The settings of a full or of a quick run."""
+        return cls(True, threads, only, 0.05, 2, 20) if quick else cls(False, threads, only)
+
+    def wants(self, name: str, dtype: torch.dtype | str = "") -> bool:
+        """Whether a case takes part; asked before its inputs are made."""
+        return self.only in f"{name} {dtype_name(dtype)}"
+
+
+@dataclass
+class Variant:
+    """One way to compute a case.
+
+    Attributes:
+        name: ``"native"``, ``"reference"``, or the baseline in words.
+        run: one call; what it returns goes to the case's check.
+        role: "ours"; "baseline": another way to the same values; "yardstick": other work, compared by its rate and never checked.
+        threads: other than those of the settings, or None.
+        flops: of a yardstick, which does other work than the case.
+        extra: further facts for the row, such as peak memory; asked for once, after timing.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    role: Role = "baseline"
+    threads: int | None = None
+    flops: float | None = None
+    extra: Callable[[], dict[str, Any]] | None = None
+
+
+@dataclass
+class Case:
+    """One problem, its variants, and how to tell right values from wrong ones.
+
+    Attributes:
+        op: name of the op, or of what is benched.
+        name: which of its cases.
+        dtype: of the inputs.
+        shapes: what a reader needs to repeat it: sizes, distribution, seeds.
+        variants: in the order of the table, ours first.
+        check: takes what a variant returned; None, or what is wrong with it. A variant that fails gets no time.
+        flops: of the true work; None: no arithmetic worth counting.
+        bytes: that must come from or go to memory at least once.
+        arithmetic: the GEMM ceiling that ``flops`` are compared with: "bfloat16" or "float32".
+    """
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    shapes: dict[str, Any]
+    variants: list[Variant]
+    check: Callable[[Any], str | None]
+    flops: float | None = None
+    bytes: float | None = None
+    arithmetic: str = ""
+
+    def __post_init__(self) -> None:
+        self.arithmetic = self.arithmetic or ("bfloat16" if self.dtype == torch.bfloat16 else "float32")
+
+
+@dataclass
+class Statistics:
+    """Seconds per call over the repetitions of a variant."""
+
+    median: float
+    p10: float
+    p90: float
+    best: float
+    reps: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Plain JSON types."""
+        return dict(vars(self))
+
+
+@dataclass
+class _Running:
+    variant: Variant
+    row: dict[str, Any]
+    first: float
+    calls: int = 1
+    samples: list[float] = field(default_factory=list)
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """``"bfloat16"`` of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def statistics(samples: Sequence[float]) -> Statistics:
+    """Median and spread; percentiles are interpolated between neighbours.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
+    ordered = sorted(samples)
+
+    def percentile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+    return Statistics(percentile(0.5), percentile(0.1), percentile(0.9), ordered[0], len(ordered))
+
+
+def repetitions(seconds: float, settings: Settings) -> int:
+    """How often to time a variant whose call takes ``seconds``: as often as fits the budget, within bounds that let slow ones off."""
+    least = settings.min_reps if seconds < 1 else min(3, settings.min_reps) if seconds < 5 else min(2, settings.min_reps)
+    return max(least, min(settings.max_reps, int(settings.seconds / max(seconds, 1e-9))))
+
+
+def interleave(counts: Sequence[int]) -> list[int]:
+    """An order in which index i comes counts[i] times, each index spread evenly: slow drifts of the machine meet all alike."""
+    places = [((k + 0.5) / n, i) for i, n in enumerate(counts) for k in range(n)]
+    return [i for _, i in sorted(places)]
+
+
+def backends(module: Any, call: Callable[[str], Any]) -> list[Variant]:
+    """A variant for every backend of an op's module; ``call`` takes the backend's name. The reference counts as a baseline."""
+    return [Variant(b.name, (lambda name=b.name: call(name)), "baseline" if b.name == "reference" else "ours") for b in module.BACKENDS]
+
+
+def measure(case: Case, settings: Settings, ceilings: Ceilings, clock: Callable[[], float] = time.perf_counter) -> list[dict[str, Any]]:
+    """Check and time the variants of a case; one row per variant, in the case's order.
+
+    A variant whose values are wrong, which raises, or which does not support the case has a row that says so, and no time.
+    """
+    rows: list[dict[str, Any]] = []
+    running: list[_Running] = []
+    for variant in case.variants:
+        row = _row(case, variant, settings)
+        rows.append(row)
+        torch.set_num_threads(row["threads"])
+        first = _first_call(case, variant, row, clock)
+        if first is not None:
+            # A call far below a millisecond is timed in groups: the clock itself costs some 50 ns.
+            running.append(_Running(variant, row, first, max(1, min(1000, int(2e-4 / max(first, 1e-9))))))
+    # The first call of a fast variant is mostly set-up; one of a slow variant is worth more than another that only estimates.
+    counts = [repetitions((s.first if s.first > 0.5 else _seconds_of_call(s, clock)) * s.calls, settings) for s in running]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for index in interleave(counts):
+            running[index].samples.append(_seconds_of_call(running[index], clock))
+    finally:
+        if collecting:
+            gc.enable()
+        torch.set_num_threads(settings.threads)
+    for state in running:
+        _finish(state.row, case, state.variant, statistics(state.samples), ceilings)
+    _ratios(rows)
+    return rows
+
+
+def _row(case: Case, variant: Variant, settings: Settings) -> dict[str, Any]:
+    return {
+        "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype), "shapes": case.shapes, "variant": variant.name,
+        "role": variant.role, "threads": variant.threads or settings.threads, "status": "ok", "reason": None,
+    }  # fmt: skip
+
+
+def _first_call(case: Case, variant: Variant, row: dict[str, Any], clock: Callable[[], float]) -> float | None:
+    """Warm up and check; the seconds of a call, or None after noting in the row why there will be no time."""
+    try:
+        begin = clock()
+        result = variant.run()
+        elapsed = clock() - begin
+        problem = None if variant.role == "yardstick" else case.check(result)
+    except Exception as error:  # a bench goes on without the variant, and its row says why
+        row["status"] = "unsupported" if "does not support this call" in str(error) else "error"
+        row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return None
+    if problem is not None:
+        row["status"], row["reason"] = "failed", problem
+        return None
+    return elapsed
+
+
+def _seconds_of_call(state: _Running, clock: Callable[[], float]) -> float:
+    run, calls = state.variant.run, state.calls
+    if torch.get_num_threads() != state.row["threads"]:
+        torch.set_num_threads(state.row["threads"])
+    begin = clock()
+    for _ in range(calls):
+        run()
+    return (clock() - begin) / calls
+
+
+def _finish(row: dict[str, Any], case: Case, variant: Variant, seconds: Statistics, ceilings: Ceilings) -> None:
+    row["seconds"] = seconds.as_dict()
+    flops = case.flops if variant.flops is None else variant.flops
+    row["flops"], row["bytes"] = flops, case.bytes if variant.role != "yardstick" else None
+    row["gflops"] = None if flops is None else flops / seconds.median / 1e9
+    row["gbytes"] = None if row["bytes"] is None else row["bytes"] / seconds.median / 1e9
+    floor = ceilings.floor(flops, row["bytes"], case.arithmetic, row["threads"])
+    if floor is not None:
+        row["floor_seconds"], row["bound"] = floor
+        row["percent_of_ceiling"] = 100 * floor[0] / seconds.median
+    if variant.extra is not None:
+        row["extra"] = variant.extra()
+
+
+def _ratios(rows: Iterable[dict[str, Any]]) -> None:
+    """For each of our rows: how many times longer each baseline of the same run took (a yardstick: our rate over its rate)."""
+    rows = list(rows)
+    for row in rows:
+        if row["role"] != "ours" or "seconds" not in row:
+            continue
+        row["ratios"] = {}
+        for other in rows:
+            if "seconds" not in other or other is row:
+                continue
+            if other["role"] == "yardstick":
+                if row["gflops"] and other["gflops"]:
+                    row["ratios"][other["variant"]] = row["gflops"] / other["gflops"]
+            else:
+                row["ratios"][other["variant"]] = other["seconds"]["median"] / row["seconds"]["median"]

@@ -1,0 +1,97 @@
+"""The geometries that are benched, and inputs that look like real ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llada_kernels import Config, Model
+from llada_kernels.ops import Routing, moe_routing
+
+from .ceilings import last_level_cache
+
+__all__ = ["MINI", "bench_config", "bench_model", "expert_weights", "mini_routing", "rotate", "stays_out"]
+
+#: LLaDA2.x-mini: hidden, expert width, experts, per token, query and KV heads, head dim, vocabulary
+MINI: dict[str, int] = {"H": 2048, "I": 512, "E": 256, "K": 8, "Hq": 16, "Hkv": 4, "D": 128, "V": 157184}
+
+#: Standard deviation of what the 32 tokens of a block share, beside what is the token's own (1): gives 69.5 distinct experts of 256 per
+#: block, as published for LLaDA2 (about 162 without).
+BLOCK_SHARE = 1.2
+
+ROUTINGS = ("uniform", "zipf0.5", "llada-block")
+
+
+def mini_routing(tokens: int, kind: str, seed: int = 0, experts: int = MINI["E"], top_k: int = MINI["K"]) -> Routing:
+    """Routing of ``tokens`` tokens as the mini model does it: 8 groups of experts of which a token uses 4.
+
+    Args:
+        kind: "uniform": every expert is as likely; "zipf0.5": expert i's share falls as 1/sqrt(i) (in a random order of experts);
+            "llada-block": tokens of a block of 32 prefer common experts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(tokens, experts, generator=generator)
+    groups, used = (8, 4) if experts >= 64 else (1, 1)
+    if kind == "zipf0.5":
+        share = torch.arange(1, experts + 1).float().rsqrt()[torch.randperm(experts, generator=generator)]
+        # Gumbel noise over log shares draws experts without replacement in proportion to their shares.
+        scores = share.log() - torch.rand(tokens, experts, generator=generator).clamp(1e-9).log().neg().log()
+        groups = used = 1
+    elif kind == "llada-block":
+        shared = torch.randn((tokens + 31) // 32, experts, generator=generator)
+        scores = scores + BLOCK_SHARE * shared.repeat_interleave(32, 0)[:tokens]
+    elif kind != "uniform":
+        raise ValueError(f"kind: expected one of {', '.join(ROUTINGS)}, got {kind!r}")
+    return moe_routing(scores, None, top_k, groups, used, 2.5, backend="reference")
+
+
+def expert_weights(dtype: torch.dtype, experts: int, width: int, hidden: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """w_gate_up and w_down with normal entries of variance 1/fan-in; experts are different stretches of one pool of numbers.
+
+    Drawing the 805 million numbers of a mini layer one by one would take longer than the bench.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = 2 * width * hidden
+    pool = torch.randn(size + 4096 * experts, generator=generator)
+    gate_up = torch.empty(experts, 2 * width, hidden, dtype=dtype)
+    down = torch.empty(experts, hidden, width, dtype=dtype)
+    for e in range(experts):
+        gate_up[e] = (pool[4096 * e :][:size] * hidden**-0.5).view(2 * width, hidden)
+        down[e] = (pool[4096 * e + 1031 :][: size // 2] * width**-0.5).view(hidden, width)
+    return gate_up, down
+
+
+def rotate(make: Callable[[], Any], size: int, quick: bool = False) -> Iterator[Any]:
+    """Endless copies of the same values at so many places that a call does not find its inputs in a cache.
+
+    Args:
+        make: a copy of the inputs of one call.
+        size: their bytes.
+    """
+    copies = 1 if not stays_out(size) else 2 if quick else -(-2 * last_level_cache() // size) + 1
+    return itertools.cycle([make() for _ in range(copies)])
+
+
+def stays_out(size: int) -> bool:
+    """Whether inputs of ``size`` bytes are worth keeping out of the caches: smaller ones are in a cache when a model needs them."""
+    return size >= 1 << 20
+
+
+def bench_config() -> Config:
+    """Hidden 512, 8 layers (the first dense), 64 experts of width 256, 4 per token, 8 query and 2 KV heads of 64, 32000 tokens."""
+    return Config(
+        vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        rotary_dim=32, rope_theta=600000.0, intermediate_size=2048, moe_intermediate_size=256, num_experts=64,
+        num_experts_per_tok=4, moe_layers=(False, *[True] * 7), shared_expert_intermediate_size=256, n_group=8, topk_group=4,
+        routed_scaling_factor=2.5, mask_token_id=31999, eos_token_id=31998,
+    )  # fmt: skip
+
+
+def bench_model(dtype: torch.dtype, seed: int = 0) -> Model:
+    """The bench model with random weights."""
+    torch.manual_seed(seed)
+    return Model(bench_config(), dtype=dtype)
