@@ -159,7 +159,8 @@ class Train:
                 loss = "skipped" if m["loss"] is None else f"loss {m['loss']:.3f}"
                 update(m["step"] + 1, loss)
 
-            Trainer(model, data, config, output=self.output, on_step=on_step, resume=self.resume).run()
+            extra = [file] if (file := Path(self.model) / "tokenizer.json").exists() else []
+            Trainer(model, data, config, output=self.output, on_step=on_step, resume=self.resume, extra_files=extra).run()
         display.line(f"checkpoints, each an official model directory, are in {self.output}")
         return 0
 

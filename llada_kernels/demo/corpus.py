@@ -6,8 +6,9 @@ import ast
 import hashlib
 import inspect
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,9 +53,9 @@ def read_corpus(max_characters: int) -> Corpus:
     train: list[str] = []
     held_out: list[str] = []
     total = 0
-    for origin, pieces in sources:
+    for origin, read in sources:
         held = int.from_bytes(hashlib.sha256(b"split" + origin.encode()).digest()[:4], "big") % _HELD_OUT == 0
-        for piece in pieces:
+        for piece in read():
             if len(piece) >= _SHORTEST:
                 (held_out if held else train).append(piece)
                 total += len(piece)
@@ -68,23 +69,27 @@ def read_corpus(max_characters: int) -> Corpus:
     return Corpus(train, held_out)
 
 
-def _sources() -> Iterator[tuple[str, list[str]]]:
-    """(origin, pieces of text) of every module and help topic."""
+def _sources() -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """Name of every module and help topic, and what reads its pieces of text."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
+    for path in root.rglob("*.py"):
         name = path.relative_to(root)
         if not _LEFT_OUT.intersection(name.parts[:-1]) and not name.parts[0].startswith("config-"):
-            try:
-                text = path.read_text(encoding="utf-8")
-                yield name.as_posix(), list(_pieces(text))
-            except (OSError, ValueError, SyntaxError, RecursionError):
-                continue  # unreadable or not valid for this version: not needed
+            yield name.as_posix(), partial(_module, path)
     try:
         from pydoc_data.topics import topics
     except ImportError:
         return
-    for key, text in sorted(topics.items()):
-        yield f"topic {key}", _paragraphs(text)
+    for key, text in topics.items():
+        yield f"topic {key}", partial(_paragraphs, text)
+
+
+def _module(path: Path) -> list[str]:
+    """Pieces of a source file; none if it cannot be read or is not valid for this version of Python."""
+    try:
+        return list(_pieces(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return []
 
 
 def _pieces(source: str) -> Iterator[str]:

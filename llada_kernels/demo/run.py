@@ -25,6 +25,7 @@ from .plots import plot_order, plot_training
 __all__ = ["FULL", "QUICK", "Scale", "run_demo"]
 
 BLOCK = 32
+SHOWN_BLOCKS = 2
 PROMPTS = ("def __init__(self, ", "Return the ", "If the argument is not a string, ", "for key, value in ")
 
 
@@ -202,25 +203,25 @@ class Demo:
     def generate(self) -> None:
         """Show tokens being unmasked, count them per forward, and compare with the loop without cache."""
         self.display.heading("Generation, block by block")
-        length = self.scale.new_tokens // 4
-        for number, text in enumerate(PROMPTS):
-            prompt = self.tokenizer.encode(text).ids
-            recorder = self._show(text, prompt, length, 0.5)
+        prompts = [self.tokenizer.encode(text).ids for text in PROMPTS]
+        for number, (text, prompt) in enumerate(zip(PROMPTS, prompts, strict=True)):
+            recorder = self._show(text, prompt)
             if number == 0:
-                self._order(recorder, prompt, length)
+                self._order(recorder, prompt)
         for threshold in (0.9, 0.5, 0.3):
-            total = forwards = 0
-            for text in PROMPTS:
-                out = self.model.generate(
-                    [self.tokenizer.encode(text).ids], gen_length=length, block_length=BLOCK, threshold=threshold, eos_id=-1
-                )
-                total, forwards = total + len(out[0]), forwards + out.num_forwards
+            outs = [self.model.generate([p], **self._options(p, SHOWN_BLOCKS, threshold)) for p in prompts]
+            total, forwards = sum(len(o[0]) for o in outs), sum(o.num_forwards for o in outs)
             self.results.tokens_per_forward[str(threshold)] = total / forwards
-        self._compare(self.tokenizer.encode(PROMPTS[1]).ids)
+        self._compare(prompts[1])
 
-    def _show(self, text: str, prompt: list[int], length: int, threshold: float) -> StepRecorder:
-        """Generate one prompt, showing the text after every forward."""
-        tokens = [*prompt, *[self.mask_id] * length]
+    def _options(self, prompt: list[int], blocks: int, threshold: float) -> dict[str, Any]:
+        """Arguments of a generation that ends with its last block, so that no token is generated to be thrown away."""
+        return {"gen_length": blocks * BLOCK - len(prompt) % BLOCK, "block_length": BLOCK, "threshold": threshold, "eos_id": -1}
+
+    def _show(self, text: str, prompt: list[int]) -> StepRecorder:
+        """Generate from one prompt, showing the text after every forward."""
+        options = self._options(prompt, SHOWN_BLOCKS, 0.5)
+        tokens = [*prompt, *[self.mask_id] * options["gen_length"]]
         forward = 0
         with self.display.unmasking(text.strip()) as show:
 
@@ -233,15 +234,13 @@ class Demo:
                 show(text, shown, forward)
 
             recorder = StepRecorder(self.mask_id, on_step)
-            self.model.generate(
-                [prompt], gen_length=length, block_length=BLOCK, threshold=threshold, eos_id=-1, on_step=recorder
-            )
+            self.model.generate([prompt], **options, temperature=0.7, top_k=20, seed=self.seed, on_step=recorder)
         self.generated = tokens
         return recorder
 
-    def _order(self, recorder: StepRecorder, prompt: list[int], length: int) -> None:
+    def _order(self, recorder: StepRecorder, prompt: list[int]) -> None:
         """The figure of the order in which tokens were unmasked, counted from 1 in each block."""
-        order = recorder.order(0, len(prompt), len(prompt) + length)
+        order = recorder.order(0, len(prompt), len(self.generated))
         first: dict[int, int] = {}
         for place, forward in enumerate(order):
             block = (len(prompt) + place) // BLOCK
@@ -252,9 +251,8 @@ class Demo:
 
     def _compare(self, prompt: list[int]) -> None:
         """Seconds with and without the cache for the same tokens."""
-        length = self.scale.new_tokens
-        options = {"gen_length": length, "block_length": BLOCK, "threshold": 0.9, "eos_id": -1}
-        self.model.generate([prompt], **{**options, "gen_length": BLOCK})  # warm
+        options = self._options(prompt, self.scale.new_tokens // BLOCK, 0.9)
+        self.model.generate([prompt], **self._options(prompt, 1, 0.9))  # warm
         begin = time.perf_counter()
         out = self.model.generate([prompt], **options)
         self.results.cached_seconds = time.perf_counter() - begin

@@ -37,7 +37,12 @@ _TEMPORARY = ".saving-"
 
 
 def save_checkpoint(
-    root: str | os.PathLike[str], step: int, model: Model, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+    root: str | os.PathLike[str],
+    step: int,
+    model: Model,
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    extra_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Write the checkpoint of ``step`` under ``root`` and return its directory.
 
@@ -50,6 +55,7 @@ def save_checkpoint(
         model: the weights, written by its ``save_pretrained``.
         optimizer: the optimizer's tensors.
         state: JSON data: data position, plan, configuration.
+        extra_files: copied beside the weights: tokenizer.json.
 
     Raises:
         OSError: the disk is full or the place cannot be written; what was written of this checkpoint is removed.
@@ -66,6 +72,8 @@ def save_checkpoint(
         temporary.mkdir()
         model.save_pretrained(temporary)
         _write(temporary / _OPTIMIZER, optimizer)
+        for extra in extra_files:
+            shutil.copyfile(extra, temporary / Path(extra).name)
         files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
         document = {"format": _FORMAT, "step": step, "files": files, **state}
         (temporary / _STATE).write_text(json.dumps(document, indent=1) + "\n")

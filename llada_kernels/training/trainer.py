@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +116,7 @@ class Trainer:
         output: directory of checkpoints and ``metrics.jsonl``; None: neither is written.
         on_step: called after each step with its metrics.
         resume: continue from the newest complete checkpoint under ``output``, if there is one.
+        extra_files: copied into every checkpoint, so that it is complete for users: tokenizer.json.
 
     Raises:
         ValueError: ``output`` holds checkpoints and ``resume`` is False, or they are of another run.
@@ -130,7 +131,9 @@ class Trainer:
         output: str | os.PathLike[str] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         resume: bool = False,
+        extra_files: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
+        self.extra_files = tuple(extra_files)
         self.model, self.dataset, self.config, self.on_step = model, dataset, config, on_step
         self.plan, self.learning_rate = Plan(config.plan), config.learning_rate_schedule()
         self.optimizer = AdamW(model, betas=config.betas, weight_decay=config.weight_decay)
@@ -278,7 +281,8 @@ class Trainer:
             "config": _plain(self.config),
             "data": self._data_identity(),
         }
-        path = save_checkpoint(self.output, self.step, self.model, self.optimizer.state_dict(), state)
+        tensors = self.optimizer.state_dict()
+        path = save_checkpoint(self.output, self.step, self.model, tensors, state, self.extra_files)
         prune_checkpoints(self.output, self.config.keep_checkpoints)
         return path
 
