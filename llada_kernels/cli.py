@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -149,7 +149,7 @@ class Train:
         if self.objective == "diffusion":
             display.line(plan.describe(self.steps))
         config = TrainConfig(
-            steps=self.steps, objective=self.objective, plan=tuple((s.fraction, s.block_size) for s in plan.stages),
+            steps=self.steps, objective=self.objective, plan=plan.as_tuples(),
             rows=self.rows, accumulation=self.accumulation, seed=self.seed, learning_rate=self.learning_rate,
             final_learning_rate=self.learning_rate / 10, checkpoint_every=self.checkpoint_every,
         )  # fmt: skip
@@ -178,7 +178,7 @@ def _tokenizer(path: str) -> Any:
     return Tokenizer.from_pretrained(path)
 
 
-_COMMANDS = {"demo": Demo, "info": Info, "generate": Generate, "train": Train}
+_COMMANDS: dict[str, Callable[..., Any]] = {"demo": Demo, "info": Info, "generate": Generate, "train": Train}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

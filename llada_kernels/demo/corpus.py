@@ -143,7 +143,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 def show_tokens(tokenizer: Tokenizer, tokens: Sequence[int], mask_id: int, blank: str = "\u2591") -> str:
     """Text of a sequence that is partly masked; a mask is shown as ``blank``, END as an empty string."""
-    text, run = "", []
+    text = ""
+    run: list[int] = []
     for token in [*tokens, mask_id]:
         if token == mask_id:
             text += tokenizer.decode(run) + blank

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from ..config import Config
 from ..generation import StepRecorder, plain
 from ..model import Model
-from ..training import PackedDataset, TrainConfig, Trainer, ar_perplexity, elbo_perplexity, unigram_perplexity, wsd_plan
+from ..training import PackedDataset, Plan, TrainConfig, Trainer, ar_perplexity, elbo_perplexity, unigram_perplexity, wsd_plan
 from ..training.data import Batch
 from .corpus import END, MASK, read_corpus, show_tokens, train_tokenizer
 from .display import Display, clock
@@ -159,9 +159,9 @@ class Demo:
         return elbo_perplexity(model, batches, BLOCK, self.mask_id, draws=2, seed=self.seed)
 
     def _train_config(self, objective: Any, steps: int) -> TrainConfig:
-        plan = wsd_plan(self.scale.row_tokens, BLOCK).to_list() if objective == "diffusion" else [[1.0, BLOCK]]
+        plan = wsd_plan(self.scale.row_tokens, BLOCK) if objective == "diffusion" else Plan([(1.0, BLOCK)])
         return TrainConfig(
-            steps=steps, objective=objective, plan=tuple((f, b) for f, b in plan), rows=self.scale.rows, seed=self.seed,
+            steps=steps, objective=objective, plan=plan.as_tuples(), rows=self.scale.rows, seed=self.seed,
             learning_rate=self.scale.learning_rate, final_learning_rate=self.scale.learning_rate / 20,
             warmup_steps=steps // 20, betas=(0.9, 0.98), weight_decay=0.1,
         )  # fmt: skip

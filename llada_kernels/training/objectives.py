@@ -157,7 +157,7 @@ def build_diffusion(
             batch.cu_seqlens, block_size, views=views, noisy_blocks=kept, block_origin=block_origin
         )
         clean = batch.tokens
-        if kept is not None:
+        if kept is not None and mask.noisy_index is not None:
             index = mask.noisy_index.to(device)
     masked = noise.masked[:, index]
     tokens = batch.tokens[index].expand(views, -1)
@@ -212,7 +212,7 @@ def loss_terms(
         hidden[: len(prepared.targets)], model.lm_head_weight, prepared.targets, prepared.weights,
         entropy="correct" if confidence else None, entropy_temperature=confidence_temperature,
     )  # fmt: skip
-    if not confidence:
+    if out.entropy is None:
         zero = out.loss.new_zeros(())
         return LossTerms(out.loss, zero, zero)
     return LossTerms(out.loss, out.entropy.sum(), out.correct.sum())

@@ -39,8 +39,8 @@ def update_expert_bias(model: Model, loads: ExpertLoads, rate: float) -> None:
     Precision: fp32. Determinism: bitwise.
     """
     for layer, count in loads.counts.items():
-        bias = getattr(model.layers[layer].mlp.router, "expert_bias", None)
-        if bias is None:
+        bias = model.get_submodule(f"layers.{layer}.mlp.router").expert_bias
+        if not isinstance(bias, Tensor):
             continue
         load = count.double()
         direction = torch.sign(load.mean() - load)

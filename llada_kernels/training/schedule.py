@@ -72,6 +72,10 @@ class Plan:
             lines.append(f"  steps {begin:>7} - {end:<7} {stage.fraction:6.1%}  block size {stage.block_size}")
         return "\n".join(lines)
 
+    def as_tuples(self) -> tuple[tuple[float, BlockSize], ...]:
+        """(fraction, block size) of each stage."""
+        return tuple((s.fraction, s.block_size) for s in self.stages)
+
     def to_list(self) -> list[list[float | BlockSize]]:
         """The plan as JSON data; ``Plan(...)`` of it is equal to this plan."""
         return [[s.fraction, s.block_size] for s in self.stages]

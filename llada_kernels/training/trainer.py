@@ -136,6 +136,8 @@ class Trainer:
         self.extra_files = tuple(extra_files)
         self.model, self.dataset, self.config, self.on_step = model, dataset, config, on_step
         self.plan, self.learning_rate = Plan(config.plan), config.learning_rate_schedule()
+        if config.objective == "diffusion" and model.config.mask_token_id is None:
+            raise ValueError("model: expected a configuration with a mask_token_id, got None")
         self.optimizer = AdamW(model, betas=config.betas, weight_decay=config.weight_decay)
         self.output = None if output is None else Path(output)
         self.step, self.next_sample = 0, 0
@@ -198,7 +200,7 @@ class Trainer:
         """Every micro-batch of the step, noised: counts are needed before the first forward."""
         config, device = self.config, self.model.device
         rows = config.rows // config.accumulation
-        objective, mask_id = config.objective_for(block_size), self.model.config.mask_token_id
+        objective, mask_id = config.objective_for(block_size), self.model.config.mask_token_id or 0
         return [
             prepare(
                 self.dataset.batch(self.next_sample + i * rows, rows).to(device), objective, mask_id,
@@ -236,7 +238,7 @@ class Trainer:
                 share = part.input_ids.numel() / total_tokens
                 aux, z = router_losses(routers)
                 objective = objective + share * (config.router_aux_loss * aux + config.router_z_loss * z)
-            objective.backward()  # type: ignore[no-untyped-call]
+            objective.backward()
         if confidence > 0:
             metrics["confidence_loss"] = confidence_loss
         return loss
