@@ -198,7 +198,7 @@ def test_editing(backend):
     """None is off; 0.0 edits every changed token; only editable positions that were not masked before the call."""
     logits = torch.full((1, 4, 4), -2.0)
     logits[0, :, 1] = torch.tensor([1.0, 3.0, 0.5, 4.0])
-    logits[0, 2, 3] = 30.0  # the mask token itself is by far the most probable: token 1 is chosen, at a confidence near 0
+    logits[0, 2, 3] = 60.0  # the mask token itself is by far the most probable: token 1 is chosen, at a confidence above 0
     tokens = torch.tensor([[0, 1, 0, 3]])
 
     def edited(**arguments):

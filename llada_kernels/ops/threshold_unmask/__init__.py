@@ -62,7 +62,8 @@ def threshold_unmask(
       least one token). The mask token takes part in all of this. One token is drawn among the kept
       ones without the mask token, in proportion to their probabilities; its confidence is its
       probability in the kept distribution, which contains the mask token's mass if that was kept.
-      If nothing but the mask token was kept, the largest other logit is chosen, confidence 0.
+      If nothing but the mask token was kept (or the rest of what was kept rounds to 0 beside it), the
+      largest other logit is chosen with confidence 0, which no threshold accepts.
 
     *M2T*: if at least ``min_unmask`` masked positions have confidence > threshold, exactly those
     take their token, else the ``min(min_unmask, number masked)`` most confident ones (lowest

@@ -87,7 +87,7 @@ def _kept(x: Tensor, weight: Tensor, top_k: Tensor | None, top_p: Tensor | None)
         p = top_p.unsqueeze(1)
         reach = p * cumulative.gather(1, size - 1)
         shortest = (cumulative < reach).sum(1, keepdim=True) + 1
-        size = torch.where(p < 1, torch.minimum(size, shortest), size)
+        size = torch.where(p < 1, shortest, size)
     ranks = torch.arange(vocab, device=x.device).expand(n, vocab)
     return torch.zeros_like(x, dtype=torch.bool).scatter(1, order, ranks < size)
 
