@@ -148,6 +148,7 @@ class Engine:
         """One forward and one step of the rule for every row; returns the rows that are finished, which leave.
 
         Raises:
+            ValueError: the model's logits hold NaN, +inf or nothing finite: the rows are named.
             RuntimeError: the rule does not finish a block within its own bound of steps.
         """
         active = [slot for slot, row in enumerate(self._rows) if row is not None]
@@ -171,7 +172,11 @@ class Engine:
             shown = new.cpu()
             for i, row in enumerate(rows):
                 self.on_step(row.row, row.start, shown[i])
-        return [f for slot, row, end in zip(active, rows, done.tolist(), strict=True) if (f := self._advance(slot, row, end))]
+        ends, failed = torch.stack([done, self.rule.failed(state)]).tolist()
+        if any(failed):
+            bad = [row.row for row, fail in zip(rows, failed, strict=True) if fail]
+            raise ValueError(f"logits: expected finite numbers, got NaN, +inf or nothing finite in rows {bad}")
+        return [f for slot, row, end in zip(active, rows, ends, strict=True) if (f := self._advance(slot, row, end))]
 
     def _begin_blocks(self, active: list[int], rows: list[_Row], blocks: Tensor, columns: Tensor) -> None:
         """Fresh state for the rows that are at the first forward of a block."""

@@ -31,6 +31,7 @@ class BlockState(NamedTuple):
         forward_index: int64 [R], forwards of the row before this one, counted over all of its blocks.
         step: int64 [R], forwards spent in this block.
         post: int64 [R], forwards spent in this block after its last mask was gone.
+        bad: bool [R], rows whose last logits the sampler could not use (it raises by itself only where that costs no sync).
     """
 
     editable: Tensor
@@ -39,6 +40,7 @@ class BlockState(NamedTuple):
     forward_index: Tensor
     step: Tensor
     post: Tensor
+    bad: Tensor
 
 
 class DecodingRule(Protocol):
@@ -83,6 +85,10 @@ class DecodingRule(Protocol):
 
     def step(self, logits: Tensor, tokens: Tensor, state: Any, index: Tensor | None = None) -> tuple[Tensor, Any, Tensor]:
         """One step: logits [R, n, V] of the positions ``index`` int64 [R, n] (None: all L) -> tokens, state, done bool [R]."""
+        ...
+
+    def failed(self, state: Any) -> Tensor:
+        """bool [R]: rows whose last logits held NaN, +inf or nothing finite."""
         ...
 
     def stop_after_block(self, tokens: Tensor) -> bool:
@@ -136,11 +142,15 @@ class _Rule:
     def begin_block(self, tokens: Tensor, positions: Tensor, seed: Tensor, forward_index: Tensor) -> BlockState:
         """State at the start of a block (see :class:`DecodingRule`)."""
         zero = torch.zeros_like(forward_index)
-        return BlockState(self._masked(tokens), positions, seed, forward_index, zero, zero)
+        return BlockState(self._masked(tokens), positions, seed, forward_index, zero, zero, zero.bool())
 
     def needed(self, tokens: Tensor, state: BlockState) -> Tensor:
         """Only masked positions are read."""
         return self._masked(tokens)
+
+    def failed(self, state: BlockState) -> Tensor:
+        """Rows that the sampler marked."""
+        return state.bad
 
     def stop_after_block(self, tokens: Tensor) -> bool:
         """A row ends with the block that contains its first EOS: all that would follow is cut off."""
@@ -157,17 +167,18 @@ class _Rule:
     def _unmask(
         self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None, threshold: float,
         min_unmask: int | Tensor, editing_threshold: float | None = None,
-    ) -> Tensor:
-        """tokens after :func:`threshold_unmask` on the positions ``index``."""
+    ) -> tuple[Tensor, BlockState]:
+        """tokens after :func:`threshold_unmask` on the positions ``index``, and the state after this forward."""
         positions, editable, part = state.positions, state.editable, tokens
         if index is not None:
             positions, editable, part = positions.gather(1, index), editable.gather(1, index), part.gather(1, index)
         assert self.mask_id is not None
-        new = threshold_unmask(
+        new, _, counts = threshold_unmask(
             logits, part, self.mask_id, threshold, editing_threshold, min_unmask, self.temperature, self.top_k, self.top_p,
             state.seed if self.temperature > 0.0 else None, editable, positions, state.forward_index,
-        ).tokens
-        return new if index is None else tokens.scatter(1, index, new)
+        )
+        after = state._replace(step=state.step + 1, forward_index=state.forward_index + 1, bad=counts[:, 0] < 0)
+        return (new if index is None else tokens.scatter(1, index, new)), after
 
 
 @dataclass(frozen=True)
@@ -215,7 +226,8 @@ class LLaDA20(_Rule):
         self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None
     ) -> tuple[Tensor, BlockState, Tensor]:
         """One step (see :class:`DecodingRule`)."""
-        new = self._unmask(logits, tokens, state, index, self.threshold, _spread(tokens.shape[1], self.steps, state.step))
+        count = _spread(tokens.shape[1], self.steps, state.step)
+        new, after = self._unmask(logits, tokens, state, index, self.threshold, count)
         masked = self._masked(new)
         done = ~masked.any(1)
         if self.eos_early_stop:
@@ -223,7 +235,7 @@ class LLaDA20(_Rule):
             first = is_eos & (is_eos.cumsum(1) == 1)
             clear = first & (masked.cumsum(1) == 0)
             done = done | clear.any(1)
-        return new, state._replace(step=state.step + 1, forward_index=state.forward_index + 1), done
+        return new, after, done
 
 
 @dataclass(frozen=True)
@@ -266,11 +278,11 @@ class LLaDA21(_Rule):
         self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None
     ) -> tuple[Tensor, BlockState, Tensor]:
         """One step (see :class:`DecodingRule`)."""
-        new = self._unmask(logits, tokens, state, index, self.threshold, self.num_to_transfer, self.editing_threshold)
+        new, after = self._unmask(logits, tokens, state, index, self.threshold, self.num_to_transfer, self.editing_threshold)
         unmasked = ~self._masked(new).any(1)
         post = state.post + unmasked
         done = unmasked & ((post > self.max_post_steps) | (new == tokens).all(1))
-        return new, state._replace(step=state.step + 1, post=post, forward_index=state.forward_index + 1), done
+        return new, after._replace(post=post), done
 
 
 @dataclass(frozen=True)
@@ -325,12 +337,11 @@ class LowConfidence(_Rule):
         length = tokens.shape[1]
         count = _spread(length, self.steps // self.num_blocks, state.step)
         if self.needs_seed:
-            drawn = self._unmask(logits, torch.full_like(tokens, self.mask_id or 0), state, index, 0.0, length)
+            drawn, after = self._unmask(logits, torch.full_like(tokens, self.mask_id or 0), state, index, 0.0, length)
             new = self._keep_best(logits, tokens, drawn, state, index, count)
         else:
-            new = self._unmask(logits, tokens, state, index, 1.0, count)
-        done = ~self._masked(new).any(1)
-        return new, state._replace(step=state.step + 1, forward_index=state.forward_index + 1), done
+            new, after = self._unmask(logits, tokens, state, index, 1.0, count)
+        return new, after, ~self._masked(new).any(1)
 
     def _keep_best(
         self, logits: Tensor, tokens: Tensor, drawn: Tensor, state: BlockState, index: Tensor | None, count: Tensor

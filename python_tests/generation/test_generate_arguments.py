@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llada_kernels import generation
-from llada_kernels.generation import GenerationOutput, LLaDA20, LLaDA21, LowConfidence
+from llada_kernels.generation import GenerationOutput, LLaDA20, LLaDA21, LowConfidence, rules
 from llada_kernels.generation.api import resolve_rule
 from llada_kernels.generation.inputs import special_ids
+from llada_kernels.ops.threshold_unmask import Unmasked
 
 from .toy import ToyModel
 
@@ -116,6 +117,19 @@ def test_bad_models() -> None:
     broken.edit_logits = lambda logits: logits.index_fill(-1, torch.tensor([3]), float("nan"))
     with pytest.raises(ValueError, match=r"NaN in row 0, position 0 \(the rows of this step are \[0, 1\]\)"):
         generate([[1], [2]], broken)
+
+
+def test_bad_logits_that_the_sampler_only_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the sampler does not raise (GPU), it marks the row with counts of -1, and the engine raises."""
+
+    def marking(logits: torch.Tensor, tokens: torch.Tensor, *rest: Any) -> Unmasked:
+        counts = torch.zeros(len(tokens), 2, dtype=torch.int32)
+        counts[-1] = -1
+        return Unmasked(tokens, torch.zeros_like(tokens, dtype=torch.float32), counts)
+
+    monkeypatch.setattr(rules, "threshold_unmask", marking)
+    with pytest.raises(ValueError, match=r"logits: expected finite numbers, .*in rows \[2\]"):
+        generate([[1], [2], [3]])
 
 
 def test_the_rule_that_family_and_arguments_choose() -> None:
