@@ -209,7 +209,8 @@ def loss_terms(
         inputs = {"inputs_embeds": _noisy_embeddings(model, prepared, embedding_sigma, seed, step)}
     hidden = model.backbone(**inputs, mask=prepared.mask, router_outputs=router_outputs)
     out = lm_loss(
-        hidden[: len(prepared.targets)], model.lm_head_weight, prepared.targets, prepared.weights,
+        hidden[: len(prepared.targets)], model.lm_head_weight, prepared.targets,
+        prepared.weights.to(torch.promote_types(torch.float32, hidden.dtype)),
         entropy="correct" if confidence else None, entropy_temperature=confidence_temperature,
     )  # fmt: skip
     if out.entropy is None:

@@ -99,6 +99,14 @@ def test_diffusion_losses_and_gradients(block_size, norm, prompts):
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_double_precision():
+    model, batch = tiny_model().double(), tiny_data(documents=4).batch(0, 1)
+    prepared = prepare(batch, Objective("diffusion", 4), MASK, seed=0, step=0)
+    exact = loss_terms(model, prepared).loss
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(loss_terms(model.float(), prepared).loss, exact.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_ar_loss():
     model, batch = tiny_model(), tiny_data(documents=6, prompts=True).batch(0, 2)
     prepared = prepare(batch, Objective("ar"), MASK, seed=0, step=0)

@@ -196,6 +196,22 @@ def test_loads_are_the_tokens_of_the_whole_step():
     assert model.layers[1].mlp.router.expert_bias.any()
 
 
+def test_recomputed_layers_change_nothing_and_count_once():
+    results = []
+    for recompute in (False, True):
+        model = tiny_model()
+        model.gradient_checkpointing = recompute
+        trainer = Trainer(model, tiny_data(), config(expert_bias_rate=1e-2))
+        results.append([trainer.train_step()["load_imbalance"] for _ in range(2)])
+        results.append(model.state_dict())
+    assert results[0] == results[2] and same(results[1], results[3])
+
+
+def test_diffusion_needs_a_mask_token():
+    with pytest.raises(ValueError, match="mask_token_id"):
+        Trainer(tiny_model(mask_token_id=None), tiny_data(), config())
+
+
 def test_router_losses():
     logits = torch.randn(6, 4, requires_grad=True)
     ids = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 0], [1, 2], [3, 0]], dtype=torch.int32)
