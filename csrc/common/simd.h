@@ -112,7 +112,12 @@ template <class T>
 inline void store_partial(T* p, Vec v, int64_t n) {
   T lanes[kLanes];
   store(lanes, v);
-  for (int64_t i = 0; i < kLanes && i < n; ++i) p[i] = lanes[i];
+  const T* from = lanes;
+  for (int64_t part = kLanes / 2; part > 0; part /= 2) {  // by the bits of n: copies of known sizes
+    if (!(n & part)) continue;
+    std::memcpy(p, from, size_t(part) * sizeof(T));
+    p += part, from += part;
+  }
 }
 
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }

@@ -1,18 +1,56 @@
-// Tile products of grouped_gemm and moe_mlp on top of common/gemm.h, and their tile sizes. Included after the standard headers.
+// Tile products of grouped_gemm and moe_mlp and their sizes. Included after the standard headers.
 #pragma once
 
+#include <memory>
+
 #include "common/gemm.h"
+#include "common/packed_gemm.h"
 
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kBlockRows = 256;  // rows of one work item, at most
-constexpr int64_t kStepRows = 32;    // rows whose operands are used while they are in the nearest cache
-constexpr int64_t kTile = 64;        // columns of one work item
-constexpr int64_t kDepth = 256;      // terms of a sum between two visits of the accumulators in memory
+constexpr int64_t kStepRows = 48;                     // rows multiplied while they are in a near cache; a multiple of the kernels' rows
+constexpr int64_t kBlockRows = 8 * kStepRows;         // rows of one work item, at most
+constexpr int64_t kTile = 64;                         // columns of one work item
+constexpr int64_t kPackFrom = 8;                      // rows from which packing a weight tile pays
+constexpr int64_t kSumRows = 128, kSumColumns = 256;  // tile of a weight gradient
+constexpr int64_t kSumDepth = 256;                    // rows of an expert that it takes in one step
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+inline auto scratch(int64_t n) {
+  return std::make_unique_for_overwrite<T[]>(size_t(n));
+}
+
+// B(k, n) = b[n * n_stride + k * k_stride] as right operand of products with `rows` rows: packed once if there are enough of them.
+template <class T>
+class RightOperand {
+ public:
+  void set(const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, int64_t rows) {
+    b_ = b, n_stride_ = n_stride, k_stride_ = k_stride, n_ = n, k_ = k;
+    packed_ = rows >= kPackFrom;
+    if (!packed_) return;
+    if (const int64_t size = packed_size<T>(n, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
+    pack(buffer_.get(), b, n_stride, k_stride, n, k);
+  }
+  // C[m][n] = or += A[m][k] * B, A row-major.
+  void multiply(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate = false) const {
+    if (packed_)
+      gemm_packed(a, lda, m, buffer_.get(), n_, k_, c, ldc, accumulate);
+    else if (k_stride_ == 1)
+      gemm_nt(a, lda, b_, n_stride_, m, n_, k_, c, ldc, accumulate);
+    else
+      gemm_nn(a, lda, 1, b_, k_stride_, m, n_, k_, c, ldc, accumulate);
+  }
+
+ private:
+  const T* b_ = nullptr;
+  int64_t n_stride_ = 0, k_stride_ = 0, n_ = 0, k_ = 0, size_ = 0;
+  bool packed_ = false;
+  std::unique_ptr<uint32_t[]> buffer_;
+};
 
 // rows x columns floats to T.
 template <class T>
@@ -24,20 +62,58 @@ inline void store_tile(const float* tile, int64_t ld, int64_t rows, int64_t colu
   }
 }
 
-template <class T>
-inline void widen_row(const T* row, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(row + i));
-  for (; i < n; ++i) out[i] = to_float(row[i]);
+inline VecU load_wide(const float* p) { return (VecU)load(p); }
+inline VecU load_wide(const bf16* p) { return (VecU)load(p); }
+inline void store_narrow(float* p, VecU v) { store(p, (Vec)v); }
+inline void store_narrow(bf16* p, VecU v) {
+  const VecH h = __builtin_convertvector(v >> 16, VecH);
+  std::memcpy(p, &h, sizeof h);
 }
 
-// C[m][n] (+)= sum_k A(m, k) * B[k][n] as gemm_nn, in steps of kDepth so that the used part of B stays in a near cache.
-template <class T>
-inline void product_nn(const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, float* c,
-                       int64_t ldc, bool accumulate) {
-  if (k == 0 && !accumulate) gemm_nn(a, a_row, a_k, b, ldb, m, n, 0, c, ldc, false);
-  for (int64_t k0 = 0; k0 < k; k0 += kDepth)
-    gemm_nn(a + k0 * a_k, a_row, a_k, b + k0 * ldb, ldb, m, n, least(kDepth, k - k0), c, ldc, accumulate || k0 > 0);
+// out[c][r] = row(r)[c]
+template <class T, class Row>
+inline void transpose_rows(Row&& row, int64_t rows, int64_t columns, T* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      if (r + kLanes <= rows && c + kLanes <= columns) {
+        VecU square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load_wide(row(r + i) + c);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store_narrow(out + (c + i) * ldo + r, square[i]);
+      } else {
+        for (int64_t i = r; i < least(r + kLanes, rows); ++i)
+          for (int64_t j = c; j < least(c + kLanes, columns); ++j) out[j * ldo + i] = row(i)[j];
+      }
+    }
+}
+
+// out[e][i][j] = sum over the rows r of e of a(r)[i] * b(r)[j], a(r) a row of m elements and b(r) one of n; zero for experts
+// without rows.
+template <class T, class RowA, class RowB>
+void weight_gradient(const int32_t* offsets, int64_t experts, int64_t m, int64_t n, T* out, const Parallel& parallel, RowA&& a, RowB&& b) {
+  const int64_t tiles_m = ceil_div(m, kSumRows), tiles_n = ceil_div(n, kSumColumns);
+  parallel.items(experts * tiles_m * tiles_n, [&](ItemQueue& queue) {
+    const auto left = scratch<T>(kSumRows * kSumDepth), right = scratch<T>(kSumDepth * kSumColumns);
+    const auto sums = scratch<float>(kSumRows * kSumColumns);
+    RightOperand<T> operand;
+    for (int64_t item; queue.next(item);) {
+      const int64_t e = item / (tiles_m * tiles_n), i0 = item / tiles_n % tiles_m * kSumRows, j0 = item % tiles_n * kSumColumns;
+      const int64_t rows = least(kSumRows, m - i0), columns = least(kSumColumns, n - j0);
+      T* part = out + (e * m + i0) * n + j0;
+      if (offsets[e] == offsets[e + 1])
+        for (int64_t i = 0; i < rows; ++i) std::memset(part + i * n, 0, size_t(columns) * sizeof(T));
+      for (int64_t r = offsets[e]; r < offsets[e + 1]; r += kSumDepth) {
+        const int64_t depth = least(kSumDepth, offsets[e + 1] - r);
+        transpose_rows([&](int64_t i) { return a(r + i) + i0; }, depth, rows, left.get(), kSumDepth);
+        for (int64_t i = 0; i < depth; ++i) std::memcpy(right.get() + i * columns, b(r + i) + j0, size_t(columns) * sizeof(T));
+        operand.set(right.get(), 1, columns, columns, depth, rows);
+        operand.multiply(left.get(), kSumDepth, rows, sums.get(), kSumColumns, r > offsets[e]);
+      }
+      if (offsets[e] < offsets[e + 1]) store_tile(sums.get(), kSumColumns, rows, columns, part, n);
+    }
+  });
 }
 
 }  // namespace
