@@ -28,8 +28,8 @@ BlockAttentionParams parameters(const Tensor& q, const Tensor& k, const Tensor& 
   for (int64_t i = 0; i < p.num_key_blocks; ++i) check(offsets[i] <= offsets[i + 1], "key_offsets: expected values that never fall");
   for (int64_t i = 0; i < key_runs.size(0); ++i) {
     const int32_t* r = runs + 3 * i;
-    check(r[0] >= 0 && r[1] <= p.num_tiles && (r[2] == 0 || r[2] == 1), "key_runs: expected tiles in [0, ", p.num_tiles, ") and 0 or 1, got [",
-          r[0], ", ", r[1], ") and ", r[2]);
+    check(r[0] >= 0 && r[1] <= p.num_tiles && (r[2] == 0 || r[2] == 1), "key_runs: expected tiles in [0, ", p.num_tiles,
+          ") and 0 or 1, got [", r[0], ", ", r[1], ") and ", r[2]);
   }
 
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, con
 std::tuple<Tensor, Tensor, Tensor> block_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
                                                             const Tensor& out, const Tensor& lse, const Tensor& context, const Tensor& own,
                                                             const Tensor& tiles, const Tensor& order, const Tensor& key_offsets,
-                                                            const Tensor& key_runs, const Tensor& key_order, int64_t block_n, double scale) {
+                                                            const Tensor& key_runs, const Tensor& key_order, int64_t block_n,
+                                                            double scale) {
   BlockAttentionParams p = parameters(q, k, v, context, own, tiles, order, key_offsets, key_runs, key_order, block_n, scale);
   check_tensor("grad_out", grad_out, q.scalar_type(), {p.num_queries, p.heads, p.head_dim});
   check_tensor("out", out, q.scalar_type(), {p.num_queries, p.heads, p.head_dim});

@@ -31,8 +31,12 @@ class PackedKeys {
  public:
   // by_dim: B(k = dim, n = key), for scores. Else B(k = key, n = dim), for sums over keys.
   PackedKeys(const BlockAttentionParams& p, const void* x, bool by_dim, const Parallel& parallel)
-      : by_dim_(by_dim), d_(p.head_dim), num_keys_(p.num_keys), blocks_((p.num_keys + kKeys - 1) / kKeys),
-        size_(by_dim ? packed_size<T>(kKeys, d_) : packed_size<T>(d_, kKeys)), data_(new uint32_t[p.kv_heads * blocks_ * size_]) {
+      : by_dim_(by_dim),
+        d_(p.head_dim),
+        num_keys_(p.num_keys),
+        blocks_((p.num_keys + kKeys - 1) / kKeys),
+        size_(by_dim ? packed_size<T>(kKeys, d_) : packed_size<T>(d_, kKeys)),
+        data_(new uint32_t[p.kv_heads * blocks_ * size_]) {
     const int64_t stride = p.kv_heads * d_;
     parallel.ranges(p.kv_heads * blocks_, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -73,8 +77,14 @@ struct Call {
   const int64_t d, group, piece, rows, q_stride, k_stride, blocks;
 
   explicit Call(const BlockAttentionParams& params)
-      : p(params), d(p.head_dim), group(p.heads / p.kv_heads), piece(group * d), rows(round_up(p.max_tile_queries * group, kPanel)),
-        q_stride(p.heads * d), k_stride(p.kv_heads * d), blocks((p.num_keys + kKeys - 1) / kKeys) {}
+      : p(params),
+        d(p.head_dim),
+        group(p.heads / p.kv_heads),
+        piece(group * d),
+        rows(round_up(p.max_tile_queries * group, kPanel)),
+        q_stride(p.heads * d),
+        k_stride(p.kv_heads * d),
+        blocks((p.num_keys + kKeys - 1) / kKeys) {}
 
   const T* queries(const void* x, const Tile& tile, int64_t head) const {
     return static_cast<const T*>(x) + tile.begin * q_stride + head * piece;
@@ -209,8 +219,10 @@ void backward_keys(const BlockAttentionBackwardParams& b, const Call<T>& call, c
   using Op = Operand<T>;
   const int64_t d = call.d, group = call.group, stride = call.rows;
   parallel.items(p.num_key_blocks * p.kv_heads, [&](ItemQueue& queue) {
-    std::vector<Op> k(kKeys * d), v(kKeys * d), q(stride * d), grad_out(stride * d), probabilities(kKeys * stride), score_grads(kKeys * stride);
-    std::vector<float> scores(kKeys * stride), grad_p(kKeys * stride), grad_k(kKeys * d), grad_v(kKeys * d), lse(stride), deltas(stride, 0.f);
+    std::vector<Op> k(kKeys * d), v(kKeys * d), q(stride * d), grad_out(stride * d), probabilities(kKeys * stride),
+        score_grads(kKeys * stride);
+    std::vector<float> scores(kKeys * stride), grad_p(kKeys * stride), grad_k(kKeys * d), grad_v(kKeys * d), lse(stride),
+        deltas(stride, 0.f);
     std::vector<uint32_t> by_dim(packed_size<Op>(stride, d)), by_row(packed_size<Op>(d, stride));
     for (int64_t item; queue.next(item);) {
       const int64_t block = p.key_order[item / p.kv_heads], head = item % p.kv_heads, key = block * kKeys;

@@ -12,9 +12,9 @@ struct BlockAttentionParams {
   bool bf16;  // else fp32
   int64_t num_queries, num_keys, heads, kv_heads, head_dim;
   float scale;
-  const void *q, *k, *v;                          // [num_queries, heads, head_dim], 2 x [num_keys, kv_heads, head_dim]
-  const int32_t *context, *own;                   // [num_queries, 2]: half-open key intervals
-  const int32_t *tiles, *order;                   // [num_tiles, 7], [num_tiles]
+  const void *q, *k, *v;         // [num_queries, heads, head_dim], 2 x [num_keys, kv_heads, head_dim]
+  const int32_t *context, *own;  // [num_queries, 2]: half-open key intervals
+  const int32_t *tiles, *order;  // [num_tiles, 7], [num_tiles]
   int64_t num_tiles, max_tile_queries;
   const int32_t *key_offsets, *key_runs, *key_order;  // per kAttentionKeyBlock keys; used by the backward
   int64_t num_key_blocks;

@@ -13,10 +13,22 @@ template <class T>
 class Worker {
  public:
   explicit Worker(const CachedBlockAttentionParams& params)
-      : p(params), d(p.head_dim), group(p.heads / p.kv_heads), q_stride(p.heads * d), k_stride(p.kv_heads * d),
-        max_rows(p.max_tile_queries * group), q(max_rows * d), probabilities(max_rows * kKeys), k(kKeys * d), v(kKeys * d),
-        packed_k(packed_size<Operand<T>>(kKeys, d)), packed_v(packed_size<Operand<T>>(d, kKeys)), out(max_rows * d),
-        scores(max_rows * kKeys), row_max(max_rows), row_sum(max_rows) {}
+      : p(params),
+        d(p.head_dim),
+        group(p.heads / p.kv_heads),
+        q_stride(p.heads * d),
+        k_stride(p.kv_heads * d),
+        max_rows(p.max_tile_queries * group),
+        q(max_rows * d),
+        probabilities(max_rows * kKeys),
+        k(kKeys * d),
+        v(kKeys * d),
+        packed_k(packed_size<Operand<T>>(kKeys, d)),
+        packed_v(packed_size<Operand<T>>(d, kKeys)),
+        out(max_rows * d),
+        scores(max_rows * kKeys),
+        row_max(max_rows),
+        row_sum(max_rows) {}
 
   // Blocks of keys are counted from the start of the row's context and of its new keys, never from the start of the batch, so that
   // a row's result does not depend on the rows beside it.
@@ -57,8 +69,9 @@ class Worker {
     const int64_t rows = tokens * group, n = c.last;
     pack(packed_k.data(), k.data(), d, 1, n, d);
     gemm_packed(q.data(), d, rows, packed_k.data(), c.width, d, scores.data(), kKeys);
-    softmax_step(scores.data(), probabilities.data(), tokens, group, c.width, p.scale, [&](int64_t t) { return span(t, c); },
-                 row_max.data(), row_sum.data(), out.data(), d);
+    softmax_step(
+        scores.data(), probabilities.data(), tokens, group, c.width, p.scale, [&](int64_t t) { return span(t, c); }, row_max.data(),
+        row_sum.data(), out.data(), d);
     pack(packed_v.data(), v.data(), 1, d, d, n);
     gemm_packed(probabilities.data(), kKeys, rows, packed_v.data(), d, n, out.data(), d, true);
   }

@@ -9,8 +9,8 @@ struct CachedBlockAttentionParams {
   bool bf16;  // else fp32
   int64_t heads, kv_heads, head_dim;
   float scale;
-  const void *q, *k_new, *v_new;        // [T, heads, head_dim], 2 x [T, kv_heads, head_dim]
-  const void *cache_k, *cache_v;        // [pages, page_size, kv_heads, head_dim]
+  const void *q, *k_new, *v_new;  // [T, heads, head_dim], 2 x [T, kv_heads, head_dim]
+  const void *cache_k, *cache_v;  // [pages, page_size, kv_heads, head_dim]
   int64_t page_size, max_pages;
   const int32_t* page_table;            // [R, max_pages]
   const int32_t* own;                   // [T, 2]: half-open intervals of new keys

@@ -50,12 +50,10 @@ if _library.load_error is None:
 
     def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
         q, k, v, *plan, out, lse = ctx.saved_tensors
-        grads = torch.ops.llada_kernels.block_attention_backward(
-            grad_out.contiguous(), q, k, v, out, lse, *plan, ctx.block_n, ctx.scale
-        )
+        grads = torch.ops.llada_kernels.block_attention_backward(grad_out.contiguous(), q, k, v, out, lse, *plan, ctx.block_n, ctx.scale)
         return *grads, *[None] * 9
 
     torch.library.register_autograd("llada_kernels::block_attention", _backward, setup_context=_setup_context)
 
 
-BACKEND = Backend("native", _supports, _block_attention)
+BACKEND: Backend = Backend("native", _supports, _block_attention)

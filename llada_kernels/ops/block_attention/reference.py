@@ -42,4 +42,4 @@ def _block_attention(q: Tensor, k: Tensor, v: Tensor, mask: DiffusionMask | Tens
     return torch.cat(parts)
 
 
-BACKEND = Backend("reference", lambda *_: None, _block_attention)
+BACKEND: Backend = Backend("reference", lambda *_: None, _block_attention)

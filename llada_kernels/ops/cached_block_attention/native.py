@@ -35,4 +35,4 @@ if _library.load_error is None:
         return torch.empty_like(q)
 
 
-BACKEND = Backend("native", _supports, _cached_block_attention)
+BACKEND: Backend = Backend("native", _supports, _cached_block_attention)

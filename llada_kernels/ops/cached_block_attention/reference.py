@@ -57,4 +57,4 @@ def check_pages(page_table: Tensor, context_lens: Tensor, page_size: int, num_pa
         raise ValueError(f"page_table: expected pages below {num_pages}, got {int(page_table[row, page])} in row {row}")
 
 
-BACKEND = Backend("reference", lambda *_: None, _cached_block_attention)
+BACKEND: Backend = Backend("reference", lambda *_: None, _cached_block_attention)
