@@ -130,9 +130,7 @@ def generate(
     rule = resolve_rule(getattr(model.config, "family", "llada2"), decoding, arguments)
     gen_length = _positive("gen_length", gen_length, 128 if rule.whole_window else 2048)
     block_length = _positive("block_length", block_length, 128 if rule.whole_window else 32)
-    mask, eos = special_ids(
-        model, rule.mask_id if mask_id is None else mask_id, rule.eos_id if eos_id is None else eos_id
-    )
+    mask, eos = special_ids(model, rule.mask_id if mask_id is None else mask_id, rule.eos_id if eos_id is None else eos_id)
     rule = rule.bind(mask_id=mask, eos_id=eos, gen_length=gen_length, block_length=block_length)
 
     prompts = prompt_list(inputs, attention_mask, model.config.vocab_size, mask)
@@ -152,9 +150,7 @@ def generate(
     return GenerationOutput(tuple(row.tokens for row in rows), forwards[0] if len(rows) == 1 else forwards)
 
 
-def resolve_rule(
-    family: str, decoding: str | DecodingRule | None, arguments: dict[str, Any]
-) -> DecodingRule:
+def resolve_rule(family: str, decoding: str | DecodingRule | None, arguments: dict[str, Any]) -> DecodingRule:
     """The rule that ``decoding``, the model's family and the given arguments ask for.
 
     Raises:

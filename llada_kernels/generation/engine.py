@@ -230,8 +230,14 @@ class Engine:
     def _allocate(self, num_slots: int, width: int) -> None:
         config = self.model.config
         self.cache = KVCache(
-            config.num_hidden_layers, num_slots, width, self.block_length, config.num_key_value_heads, config.head_dim,
-            self.model.dtype, self.model.device,
+            config.num_hidden_layers,
+            num_slots,
+            width,
+            self.block_length,
+            config.num_key_value_heads,
+            config.head_dim,
+            self.model.dtype,
+            self.model.device,
         )
 
     def _first_block(self, prompt_length: int) -> int:

@@ -131,9 +131,7 @@ class KVCache:
             raise RuntimeError("commit: no forward has recorded the keys and values of every layer since the last commit")
         for row, (n, new) in enumerate(zip(lens, query_lens, strict=True)):
             if n < 0 or n % self.block_size or n > new:
-                raise ValueError(
-                    f"lengths[{row}]: expected a multiple of {self.block_size} up to the row's {new} new tokens, got {n}"
-                )
+                raise ValueError(f"lengths[{row}]: expected a multiple of {self.block_size} up to the row's {new} new tokens, got {n}")
             if self.context_lens[row] + n > self.max_pages * self.block_size:
                 raise ValueError(
                     f"lengths[{row}]: expected at most {self.max_pages * self.block_size} tokens in the row, "

@@ -7,6 +7,8 @@ not count. Each returns the new tokens through the first EOS, int64 [n], and the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,35 @@ from ..ops.threshold_unmask import threshold_unmask
 from ..ops.threshold_unmask.reference import philox_uniform
 from .engine import GenerationModel
 
-__all__ = ["llada20", "llada21", "llada_moe"]
+__all__ = ["GREEDY", "Sampling", "llada20", "llada21", "llada_moe"]
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; at temperature 0 the rest does not matter."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+GREEDY = Sampling()
 
 
 @torch.no_grad()
 def llada20(
-    model: GenerationModel, prompt: Tensor, *, mask_id: int, eos_id: int, gen_length: int = 2048, block_length: int = 32,
-    steps: int = 32, threshold: float = 0.95, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-    eos_early_stop: bool = False, minimal_topk: int = 1, seed: int = 0,
+    model: GenerationModel,
+    prompt: Tensor,
+    *,
+    mask_id: int,
+    eos_id: int,
+    gen_length: int = 2048,
+    block_length: int = 32,
+    steps: int = 32,
+    threshold: float = 0.95,
+    eos_early_stop: bool = False,
+    minimal_topk: int = 1,
+    sampling: Sampling = GREEDY,
 ) -> tuple[Tensor, int]:
     """LLaDA2.0, greedy or sampled."""
     start, forwards = len(prompt), 0
@@ -35,7 +58,7 @@ def llada20(
             masked = block == mask_id
             if not masked.any():
                 break
-            token, p = _choose(model, x, end, block_length, mask_id, temperature, top_k, top_p, seed, forwards)
+            token, p = _choose(model, x, end, block_length, mask_id, sampling, forwards)
             forwards += 1
             confidence = p.masked_fill(~masked, -torch.inf)
             take = confidence > threshold
@@ -53,9 +76,19 @@ def llada20(
 
 @torch.no_grad()
 def llada21(
-    model: GenerationModel, prompt: Tensor, *, mask_id: int, eos_id: int, gen_length: int = 2048, block_length: int = 32,
-    threshold: float = 0.95, editing_threshold: float | None = 0.9, max_post_steps: int = 16, num_to_transfer: int = 1,
-    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, eos_early_stop: bool = False, seed: int = 0,
+    model: GenerationModel,
+    prompt: Tensor,
+    *,
+    mask_id: int,
+    eos_id: int,
+    gen_length: int = 2048,
+    block_length: int = 32,
+    threshold: float = 0.95,
+    editing_threshold: float | None = 0.9,
+    max_post_steps: int = 16,
+    num_to_transfer: int = 1,
+    eos_early_stop: bool = False,
+    sampling: Sampling = GREEDY,
 ) -> tuple[Tensor, int]:
     """LLaDA2.1 with token editing; without eos_early_stop it denoises all blocks, whatever is then cut off."""
     start, forwards = len(prompt), 0
@@ -70,7 +103,7 @@ def llada21(
                 post += 1
                 if post > max_post_steps:
                     break
-            token, p = _choose(model, x, end, block_length, mask_id, temperature, top_k, top_p, seed, forwards)
+            token, p = _choose(model, x, end, block_length, mask_id, sampling, forwards)
             forwards += 1
             take = masked & (p > threshold)
             if take.sum() < num_to_transfer:
@@ -88,8 +121,17 @@ def llada21(
 
 @torch.no_grad()
 def llada_moe(
-    model: GenerationModel, prompt: Tensor, *, mask_id: int, eos_id: int, gen_length: int = 128, block_length: int = 128,
-    steps: int = 128, temperature: float = 0.0, cfg_scale: float = 0.0, remasking: str = "low_confidence", seed: int = 0,
+    model: GenerationModel,
+    prompt: Tensor,
+    *,
+    mask_id: int,
+    eos_id: int,
+    gen_length: int = 128,
+    block_length: int = 128,
+    steps: int = 128,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    sampling: Sampling = GREEDY,
 ) -> tuple[Tensor, int]:
     """LLaDA and LLaDA-MoE: every forward sees the whole window; all blocks are denoised, whatever is then cut off."""
     start, forwards, num_blocks = len(prompt), 0, gen_length // block_length
@@ -104,10 +146,10 @@ def llada_moe(
                 unconditional[:start] = mask_id
                 u = _whole_window(model, unconditional)
                 logits = u + (cfg_scale + 1) * (logits - u)
-            token, _ = _draw(logits, position, mask_id, temperature, None, None, seed, forwards)
+            token, _ = _draw(logits, position, mask_id, sampling, forwards)
             p = logits.softmax(-1).gather(1, token[:, None])[:, 0]
             if remasking == "random":
-                p = philox_uniform(torch.full_like(x, seed), position, torch.full_like(x, ~forwards))
+                p = philox_uniform(torch.full_like(x, sampling.seed), position, torch.full_like(x, ~forwards))
             forwards += 1
             confidence = torch.where((x == mask_id) & (position < end), p, -torch.inf)
             take = _top(confidence, block_length // steps + (s < block_length % steps))
@@ -121,14 +163,13 @@ def _window(prompt: Tensor, gen_length: int, block_length: int, mask_id: int) ->
 
 
 def _choose(
-    model: GenerationModel, x: Tensor, end: int, block_length: int, mask_id: int, temperature: float, top_k: int | None,
-    top_p: float | None, seed: int, forward: int,
+    model: GenerationModel, x: Tensor, end: int, block_length: int, mask_id: int, sampling: Sampling, forward: int
 ) -> tuple[Tensor, Tensor]:
     """A forward over x[:end] under the block-causal mask: token and confidence of each position of the last block."""
     mask = DiffusionMask.block_causal([0, end], block_length).to(x.device)
     position = torch.arange(end - block_length, end, device=x.device)
     logits = model.forward(x[:end], mask=mask, cache=None, logits_to_keep=position).logits
-    return _draw(logits, position, mask_id, temperature, top_k, top_p, seed, forward)
+    return _draw(logits, position, mask_id, sampling, forward)
 
 
 def _whole_window(model: GenerationModel, x: Tensor) -> Tensor:
@@ -137,18 +178,16 @@ def _whole_window(model: GenerationModel, x: Tensor) -> Tensor:
     return logits
 
 
-def _draw(
-    logits: Tensor, position: Tensor, mask_id: int, temperature: float, top_k: int | None, top_p: float | None, seed: int,
-    forward: int,
-) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, position: Tensor, mask_id: int, sampling: Sampling, forward: int) -> tuple[Tensor, Tensor]:
     """Greedy, or what the sampler draws for a block of masks all of which are to be unmasked."""
-    if temperature == 0.0:
+    if sampling.temperature == 0.0:
         token = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf).argmax(-1)
         return token, logits.softmax(-1).gather(-1, token[:, None])[:, 0]
+    masks, settings = torch.full_like(position, mask_id)[None], sampling._asdict()
     drawn = threshold_unmask(
-        logits[None], torch.full_like(position, mask_id)[None], mask_id, 1.0, None, len(position), temperature, top_k, top_p,
-        seed, None, position[None], forward, backend="reference",
-    )
+        logits[None], masks, mask_id, 1.0, min_unmask=len(position), positions=position[None], forward_index=forward,
+        backend="reference", **settings,
+    )  # fmt: skip
     return drawn.tokens[0], drawn.confidence[0]
 
 

@@ -165,8 +165,14 @@ class _Rule:
         return tokens == self.eos_id
 
     def _unmask(
-        self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None, threshold: float,
-        min_unmask: int | Tensor, editing_threshold: float | None = None,
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        state: BlockState,
+        index: Tensor | None,
+        threshold: float,
+        min_unmask: int | Tensor,
+        editing_threshold: float | None = None,
     ) -> tuple[Tensor, BlockState]:
         """tokens after :func:`threshold_unmask` on the positions ``index``, and the state after this forward."""
         positions, editable, part = state.positions, state.editable, tokens
@@ -175,8 +181,9 @@ class _Rule:
         assert self.mask_id is not None
         new, _, counts = threshold_unmask(
             logits, part, self.mask_id, threshold, editing_threshold, min_unmask, self.temperature, self.top_k, self.top_p,
-            state.seed if self.temperature > 0.0 else None, editable, positions, state.forward_index,
-        )
+            seed=state.seed if self.temperature > 0.0 else None, editable=editable, positions=positions,
+            forward_index=state.forward_index,
+        )  # fmt: skip
         after = state._replace(step=state.step + 1, forward_index=state.forward_index + 1, bad=counts[:, 0] < 0)
         return (new if index is None else tokens.scatter(1, index, new)), after
 
@@ -213,8 +220,10 @@ class LLaDA20(_Rule):
     def bind(self, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> LLaDA20:
         """The rule with its ids, and steps limited by gen_length // minimal_topk."""
         _check(
-            self.minimal_topk <= gen_length, "minimal_topk",
-            f"at most gen_length = {gen_length} (gen_length // minimal_topk denoising steps per block)", self.minimal_topk,
+            self.minimal_topk <= gen_length,
+            "minimal_topk",
+            f"at most gen_length = {gen_length} (gen_length // minimal_topk denoising steps per block)",
+            self.minimal_topk,
         )
         return replace(self, mask_id=mask_id, eos_id=eos_id, steps=min(self.steps, gen_length // self.minimal_topk))
 
@@ -222,9 +231,7 @@ class LLaDA20(_Rule):
         """Each of the first steps unmasks at least one position, and the schedule sums to block_length."""
         return min(self.steps, block_length)
 
-    def step(
-        self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None
-    ) -> tuple[Tensor, BlockState, Tensor]:
+    def step(self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None) -> tuple[Tensor, BlockState, Tensor]:
         """One step (see :class:`DecodingRule`)."""
         count = _spread(tokens.shape[1], self.steps, state.step)
         new, after = self._unmask(logits, tokens, state, index, self.threshold, count)
@@ -274,9 +281,7 @@ class LLaDA21(_Rule):
         """All positions of the block but the prompt's, when there is editing."""
         return state.editable if self.editing_threshold is not None else self._masked(tokens)
 
-    def step(
-        self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None
-    ) -> tuple[Tensor, BlockState, Tensor]:
+    def step(self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None) -> tuple[Tensor, BlockState, Tensor]:
         """One step (see :class:`DecodingRule`)."""
         new, after = self._unmask(logits, tokens, state, index, self.threshold, self.num_to_transfer, self.editing_threshold)
         unmasked = ~self._masked(new).any(1)
@@ -321,8 +326,10 @@ class LowConfidence(_Rule):
         _check(gen_length % block_length == 0, "gen_length", f"a multiple of block_length = {block_length}", gen_length)
         blocks = gen_length // block_length
         _check(
-            self.steps % blocks == 0, "steps",
-            f"a multiple of the {blocks} blocks (gen_length {gen_length} // block_length {block_length})", self.steps,
+            self.steps % blocks == 0,
+            "steps",
+            f"a multiple of the {blocks} blocks (gen_length {gen_length} // block_length {block_length})",
+            self.steps,
         )
         return replace(self, mask_id=mask_id, eos_id=eos_id, num_blocks=blocks)
 
@@ -330,9 +337,7 @@ class LowConfidence(_Rule):
         """The block's share of the steps."""
         return min(self.steps // self.num_blocks, block_length)
 
-    def step(
-        self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None
-    ) -> tuple[Tensor, BlockState, Tensor]:
+    def step(self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None) -> tuple[Tensor, BlockState, Tensor]:
         """One step (see :class:`DecodingRule`)."""
         length = tokens.shape[1]
         count = _spread(length, self.steps // self.num_blocks, state.step)
@@ -343,9 +348,7 @@ class LowConfidence(_Rule):
             new, after = self._unmask(logits, tokens, state, index, 1.0, count)
         return new, after, ~self._masked(new).any(1)
 
-    def _keep_best(
-        self, logits: Tensor, tokens: Tensor, drawn: Tensor, state: BlockState, index: Tensor | None, count: Tensor
-    ) -> Tensor:
+    def _keep_best(self, logits: Tensor, tokens: Tensor, drawn: Tensor, state: BlockState, index: Tensor | None, count: Tensor) -> Tensor:
         """Write the drawn tokens at the ``count`` masked positions of highest score.
 
         The official order: a token is drawn after temperature, but ranked by its probability before it.

@@ -49,9 +49,7 @@ def test_a_row_does_not_depend_on_its_batch(decoding: str) -> None:
     alone = [generation.generate(model, [p], seed=100 + i, **kwargs) for i, p in enumerate(prompts)]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
         for max_batch in (None, 2):
-            out = generation.generate(
-                model, [prompts[i] for i in order], seed=[100 + i for i in order], max_batch=max_batch, **kwargs
-            )
+            out = generation.generate(model, [prompts[i] for i in order], seed=[100 + i for i in order], max_batch=max_batch, **kwargs)
             assert [t.tolist() for t in out] == [alone[i][0].tolist() for i in order]
             assert out.num_forwards == [alone[i].num_forwards for i in order]
 
@@ -74,9 +72,7 @@ def test_prefill_and_commit_ride_along() -> None:
     """The forwards of one row process: prompt blocks + first block, then single blocks, then finished block + next."""
     model, prompt = ToyModel(seed=2), list(range(20))
     recorder = StepRecorder(mask_id=47)
-    out = generation.generate(
-        model, prompt, gen_length=20, block_length=8, threshold=0.9, eos_id=-1, on_step=recorder
-    )
+    out = generation.generate(model, prompt, gen_length=20, block_length=8, threshold=0.9, eos_id=-1, on_step=recorder)
     assert out.num_forwards == len(model.packed_tokens) == recorder.num_forwards(0)
     order = recorder.order(0, 20, 40)
     assert min(order) == 0 and sorted(set(order)) == list(range(len(set(order))))
@@ -108,9 +104,10 @@ def test_rows_leave_early_and_make_room() -> None:
     assert engine.add(torch.arange(11), gen_length=5) == 2
     (third,) = engine.step()
     assert third.row == 2 and model.packed_tokens[-1] == 16 + 16
-    assert third.tokens.tolist() == plain.llada20(
-        model, torch.arange(11), mask_id=47, eos_id=-1, gen_length=5, block_length=8, threshold=0.0
-    )[0].tolist()
+    assert (
+        third.tokens.tolist()
+        == plain.llada20(model, torch.arange(11), mask_id=47, eos_id=-1, gen_length=5, block_length=8, threshold=0.0)[0].tolist()
+    )
     engine.step()
     assert model.packed_tokens[-1] == 16, "only the row that is left"
     while engine.num_rows:

@@ -122,7 +122,7 @@ def test_bad_models() -> None:
 def test_bad_logits_that_the_sampler_only_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the sampler does not raise (GPU), it marks the row with counts of -1, and the engine raises."""
 
-    def marking(logits: torch.Tensor, tokens: torch.Tensor, *rest: Any) -> Unmasked:
+    def marking(logits: torch.Tensor, tokens: torch.Tensor, *rest: Any, **named: Any) -> Unmasked:
         counts = torch.zeros(len(tokens), 2, dtype=torch.int32)
         counts[-1] = -1
         return Unmasked(tokens, torch.zeros_like(tokens, dtype=torch.float32), counts)

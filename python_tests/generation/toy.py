@@ -21,8 +21,14 @@ class ToyModel:
         g = torch.Generator().manual_seed(seed)
         self.heads, self.width, self.hidden = 2, 8, 24
         self.config = SimpleNamespace(
-            vocab_size=vocab, num_hidden_layers=layers, num_key_value_heads=1, head_dim=self.width, family=family,
-            mask_token_id=vocab - 1, eos_token_id=vocab - 2, causal=False,
+            vocab_size=vocab,
+            num_hidden_layers=layers,
+            num_key_value_heads=1,
+            head_dim=self.width,
+            family=family,
+            mask_token_id=vocab - 1,
+            eos_token_id=vocab - 2,
+            causal=False,
         )
         self.device, self.dtype = torch.device("cpu"), torch.float32
         rand = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
@@ -96,8 +102,13 @@ def random_case(draw: random.Random, family: str | None = None) -> dict[str, Any
         args |= {"num_to_transfer": draw.randint(1, block)}
     eos_id = vocab - 2 if draw.random() < 0.7 else -1
     return {
-        "vocab": vocab, "prompts": prompts, "args": args, "eos_id": eos_id, "seed": draw.randrange(2**40),
-        "model_seed": draw.randrange(2**20), "max_batch": draw.choice([None, 1, 2]),
+        "vocab": vocab,
+        "prompts": prompts,
+        "args": args,
+        "eos_id": eos_id,
+        "seed": draw.randrange(2**40),
+        "model_seed": draw.randrange(2**20),
+        "max_batch": draw.choice([None, 1, 2]),
     }
 
 
@@ -106,9 +117,10 @@ PLAIN = {"llada2.0": plain.llada20, "llada2.1": plain.llada21, "low_confidence":
 
 def plain_rows(model: Any, case: dict[str, Any]) -> list[tuple[list[int], int]]:
     """What the plain loop gives for each prompt alone: tokens and forwards."""
-    args = {k: v for k, v in case["args"].items() if k != "decoding"}
-    loop, ids = PLAIN[case["args"]["decoding"]], {"mask_id": case["vocab"] - 1, "eos_id": case["eos_id"]}
-    rows = (loop(model, torch.tensor(p), seed=case["seed"], **ids, **args) for p in case["prompts"])
+    args = dict(case["args"])
+    loop, ids = PLAIN[args.pop("decoding")], {"mask_id": case["vocab"] - 1, "eos_id": case["eos_id"]}
+    sampling = plain.Sampling(args.pop("temperature"), args.pop("top_k", None), args.pop("top_p", None), case["seed"])
+    rows = (loop(model, torch.tensor(p), sampling=sampling, **ids, **args) for p in case["prompts"])
     return [(tokens.tolist(), forwards) for tokens, forwards in rows]
 
 
@@ -138,8 +150,13 @@ def assert_rows_equal_plain(model: Any, case: dict[str, Any]) -> bool:
 def engine_rows(model: Any, case: dict[str, Any]) -> list[tuple[list[int], int]]:
     """What ``generate`` gives for the batch."""
     out = generation.generate(
-        model, case["prompts"], mask_id=case["vocab"] - 1, eos_id=case["eos_id"], seed=case["seed"],
-        max_batch=case["max_batch"], **case["args"],
+        model,
+        case["prompts"],
+        mask_id=case["vocab"] - 1,
+        eos_id=case["eos_id"],
+        seed=case["seed"],
+        max_batch=case["max_batch"],
+        **case["args"],
     )
     forwards = [out.num_forwards] if isinstance(out.num_forwards, int) else out.num_forwards
     return [(tokens.tolist(), n) for tokens, n in zip(out, forwards, strict=True)]
