@@ -99,6 +99,15 @@ def test_official_head_geometry(backend):
     check(backend, Case([128, 32], [32, 64], 32, 16, 4, 128, torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1024, 2048, 2080, 4096, 9000])
+def test_long_contexts(length, dtype):
+    """Contexts that are cut into parts for several threads, beside one that is not."""
+    case = Case([length, 40, length], [8, 8, 40], 8, 2, 1, 8, dtype)
+    case.k *= 4  # scores of new keys large or small beside those of the context: the parts' maxima differ
+    check("native", case)
+
+
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64, 256])
 def test_page_size_is_free(page_size, backend):
@@ -128,7 +137,8 @@ def test_is_block_attention_of_the_whole_row():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_alone_and_in_a_batch(dtype):
     """A row's result depends neither on the rows beside it nor on which pages it got nor on the number of threads."""
-    case = Case([96, 32, 0], [32, 45, 7], 32, dtype=dtype)
+    lengths, news = [96, 32, 0, 4128], [32, 45, 7, 32]
+    case = Case(lengths, news, 32, dtype=dtype)
     before = torch.get_num_threads()
     together = []
     for threads in (1, 2, 2):
@@ -137,7 +147,7 @@ def test_same_bits_alone_and_in_a_batch(dtype):
     torch.set_num_threads(before)
     assert all(torch.equal(together[0], x) for x in together[1:])
     begin = 0
-    for row, (length, n) in enumerate(zip([96, 32, 0], [32, 45, 7], strict=True)):
+    for row, (length, n) in enumerate(zip(lengths, news, strict=True)):
         alone = Case([length], [n], 32, dtype=dtype)
         alone.q, alone.k, alone.v = (x[begin : begin + n] for x in (case.q, case.k, case.v))
         pages = case.page_table[row, : length // 32].long()
