@@ -64,6 +64,7 @@ def run(name: str, cases: Cases, settings: Settings, show: Callable[[str], None]
         del case
         _return_memory()
     return {
+        "about": (sys.modules[cases.__module__].__doc__ or "").strip().splitlines()[0],
         "environment": {**facts, "seconds": round(time.perf_counter() - begin, 1), "load_at_end": round(os.getloadavg()[0], 2)},
         "ceilings": ceilings.values,
         "rows": rows,
@@ -83,6 +84,8 @@ def describe(row: dict[str, Any]) -> str:
         text += f" {row['gbytes']:6.1f} GB/s"
     if "percent_of_ceiling" in row:
         text += f" {row['percent_of_ceiling']:5.1f} % of {row['bound']}"
+    if row.get("extra"):
+        text += " " + ", ".join(f"{k} {v}" for k, v in row["extra"].items())
     if row.get("ratios"):
         text += " | " + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in row["ratios"].items())
     return text

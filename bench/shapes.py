@@ -81,17 +81,21 @@ def stays_out(size: int) -> bool:
     return size >= 1 << 20
 
 
-def bench_config() -> Config:
-    """Hidden 512, 8 layers (the first dense), 64 experts of width 256, 4 per token, 8 query and 2 KV heads of 64, 32000 tokens."""
+def bench_config(small: bool = False) -> Config:
+    """Hidden 512, 8 layers (the first dense), 64 experts of width 256, 4 per token, 8 query and 2 KV heads of 64, 32000 tokens.
+
+    ``small``: the same architecture at sizes for a quick run.
+    """
+    vocab, hidden, layers, experts = (1000, 128, 2, 16) if small else (32000, 512, 8, 64)
     return Config(
-        vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
-        rotary_dim=32, rope_theta=600000.0, intermediate_size=2048, moe_intermediate_size=256, num_experts=64,
-        num_experts_per_tok=4, moe_layers=(False, *[True] * 7), shared_expert_intermediate_size=256, n_group=8, topk_group=4,
-        routed_scaling_factor=2.5, mask_token_id=31999, eos_token_id=31998,
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        rotary_dim=32, rope_theta=600000.0, intermediate_size=4 * hidden, moe_intermediate_size=hidden // 2, num_experts=experts,
+        num_experts_per_tok=4, moe_layers=(False, *[True] * (layers - 1)), shared_expert_intermediate_size=hidden // 2, n_group=8,
+        topk_group=4, routed_scaling_factor=2.5, mask_token_id=vocab - 1, eos_token_id=vocab - 2,
     )  # fmt: skip
 
 
-def bench_model(dtype: torch.dtype, seed: int = 0) -> Model:
+def bench_model(dtype: torch.dtype, small: bool = False, seed: int = 0) -> Model:
     """The bench model with random weights."""
     torch.manual_seed(seed)
-    return Model(bench_config(), dtype=dtype)
+    return Model(bench_config(small), dtype=dtype)

@@ -1,0 +1,155 @@
+"""The model and the training step as the official PyTorch code has them: what a user without this package runs.
+
+A transcription that keeps the costs of the original: weights per expert and a loop over experts, KV heads repeated before SDPA, a dense
+fp32 mask over [x_t ; x_0], norms and rotary embedding out of elementary operations, logits of every position.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from llada_kernels import Config, Model
+
+__all__ = ["OfficialModel", "block_diffusion_mask"]
+
+
+def block_diffusion_mask(length: int, block: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[1, 1, 2 length, 2 length], 0 or -inf: x_t sees its own block and earlier clean blocks, x_0 clean blocks up to its own."""
+    place = torch.arange(2 * length)
+    noisy, number = place < length, place % length // block
+    q, k = number[:, None], number[None]
+    own = (q == k) & noisy[:, None] & noisy[None]
+    visible = own | (q > k) & noisy[:, None] & ~noisy[None] | (q >= k) & ~noisy[:, None] & ~noisy[None]
+    return torch.zeros(2 * length, 2 * length, dtype=dtype).masked_fill_(~visible, float("-inf"))[None, None]
+
+
+class Norm(nn.Module):
+    """Cast, normalise, cast back, scale."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight.detach().clone()), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.float32)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone())
+    return layer
+
+
+class GatedMLP(nn.Module):
+    """Gate, up and down as three products."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        gate, up = gate_up.chunk(2)
+        self.gate_proj, self.up_proj, self.down_proj = linear(gate), linear(up), linear(down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, ours: nn.Module) -> None:
+        super().__init__()
+        self.c = config
+        self.query_key_value, self.dense = linear(ours.qkv.weight), linear(ours.dense.weight)
+        self.query_layernorm, self.key_layernorm = (Norm(n.weight, config.rms_norm_eps) for n in (ours.q_norm, ours.k_norm))
+
+    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        c, (batch, length, _) = self.c, x.shape
+        heads, kv = c.num_attention_heads, c.num_key_value_heads
+        qkv = self.query_key_value(x).view(batch, length, heads + 2 * kv, c.head_dim)
+        q, k, v = (t.transpose(1, 2) for t in qkv.split([heads, kv, kv], dim=-2))
+        q, k = rotate(self.query_layernorm(q), cos, sin), rotate(self.key_layernorm(k), cos, sin)
+        k, v = (t[:, :, None].expand(batch, kv, heads // kv, length, c.head_dim).reshape(batch, heads, length, c.head_dim) for t in (k, v))
+        out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), mask)
+        return self.dense(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turning, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, -1)
+    return torch.cat([turning * cos + torch.cat((-second, first), -1) * sin, passing], -1)
+
+
+class MoE(nn.Module):
+    """The training path of the official code: every token repeated per choice, a loop over experts that selects rows by comparison."""
+
+    def __init__(self, config: Config, ours: nn.Module) -> None:
+        super().__init__()
+        self.c = config
+        self.gate = linear(ours.router.weight)
+        self.register_buffer("expert_bias", ours.router.expert_bias.clone())
+        self.experts = nn.ModuleList(GatedMLP(a, b) for a, b in zip(ours.w_gate_up, ours.w_down, strict=True))
+        self.shared_experts = GatedMLP(ours.shared_expert.gate_up.weight, ours.shared_expert.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, shape = self.c, x.shape
+        flat = x.reshape(-1, shape[-1])
+        scores = F.linear(flat.float(), self.gate.weight.float()).sigmoid()
+        biased = scores + self.expert_bias
+        groups = biased.view(len(flat), c.n_group, -1)
+        chosen = torch.topk(groups.topk(2, dim=-1)[0].sum(-1), c.topk_group, dim=-1, sorted=False)[1]
+        allowed = torch.zeros(len(flat), c.n_group, dtype=torch.bool).scatter_(1, chosen, True)
+        allowed = allowed.unsqueeze(-1).expand_as(groups).reshape(len(flat), -1)
+        ids = torch.topk(biased.masked_fill(~allowed, float("-inf")), c.num_experts_per_tok, dim=-1)[1]
+        weights = scores.gather(1, ids)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * c.routed_scaling_factor
+        repeated, flat_ids = flat.repeat_interleave(c.num_experts_per_tok, 0), ids.flatten()
+        out = torch.empty_like(repeated)
+        for i, expert in enumerate(self.experts):
+            out[flat_ids == i] = expert(repeated[flat_ids == i])
+        routed = (out.view(*ids.shape, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        return routed.view(shape) + self.shared_experts(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, ours: nn.Module, moe: bool) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(ours.input_layernorm.weight, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(ours.post_attention_layernorm.weight, config.rms_norm_eps)
+        self.attention = Attention(config, ours.attention)
+        self.mlp = MoE(config, ours.mlp) if moe else GatedMLP(ours.mlp.gate_up.weight, ours.mlp.down.weight)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x), mask, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class OfficialModel(nn.Module):
+    """The weights of a :class:`llada_kernels.Model`, laid out and used as in the official code.
+
+    Args:
+        model: where the weights come from; a LLaDA2 model with a shared expert and norms on queries and keys.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        c = self.config = model.config
+        self.word_embeddings = nn.Parameter(model.embed_tokens.weight.detach().clone())
+        self.layers = nn.ModuleList(Block(c, layer, moe) for layer, moe in zip(model.layers, c.moe_layers, strict=True))
+        self.norm = Norm(model.norm.weight, c.rms_norm_eps)
+        self.lm_head = linear(model.lm_head_weight)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        """fp32 logits [B, S, V] of ids [B, S] under an additive mask [1, 1, S, S]."""
+        c = self.config
+        x = F.embedding(input_ids, self.word_embeddings)
+        frequencies = 1.0 / c.rope_theta ** (torch.arange(0, c.rotary_dim, 2).float() / c.rotary_dim)
+        angles = position_ids.float()[:, None] * frequencies
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        # SDPA wants the mask in the dtype of the queries; the official trainer holds it in fp32 and casts.
+        mask = None if mask is None else mask.to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, mask, cos, sin)
+        return self.lm_head(self.norm(x)).float()

@@ -1,0 +1,199 @@
+"""docs/performance.md and its figures, from result files and nothing else: ``python -m bench report``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .plots import plot
+from .runner import read
+
+__all__ = ["losses", "main", "markdown", "rewrite"]
+
+HEAD = """# Performance
+
+Written by `python -m bench report` from the files in `bench/results`; do not edit. `python -m bench` measures this machine (see
+`python -m bench --help`).
+
+How to read the tables. *time* is the median of repetitions in which all variants of a row took turns; the 10th and 90th percentile are in
+parentheses. *rate* counts true work only: visible query-key pairs, rows that exist, positions with weight; bytes that must be read or
+written at least once. *of the ceiling* is the least time that this machine needs for that work over the time taken. The least time comes
+from the read bandwidth and the matrix-product rate measured in the same run, whichever takes longer (mem: bandwidth, GEMM: arithmetic). The
+other columns are baselines in the same run: their time, and how many times longer they took than ours. A variant whose values did not pass
+the check has no time. "(rate)" marks a yardstick that does other work: there our rate is divided by its rate.
+"""
+
+SCALES = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "us", 1e6))
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    unit, factor = next((u, f) for least, u, f in SCALES if seconds >= least)
+    return f"{number(seconds * factor)} {unit}"
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def markdown(machines: dict[str, dict[str, Any]]) -> str:
+    """The page for result files given as ``{file stem: content}``."""
+    parts = [HEAD]
+    for stem, content in sorted(machines.items()):
+        parts += [f"## {title(content)}\n", provenance(content), ceilings(content)]
+        for figure in ("speedup", "ceiling"):
+            parts.append(f"![{figure}](performance-{stem}-{figure}.svg)\n")
+        for name, bench in sorted(content["benches"].items()):
+            parts += [f"### {name}\n", f"{bench['about']}\n", table(bench["rows"]), *notes(bench["rows"])]
+        parts += ["### Where we lose\n", lost(content)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def title(content: dict[str, Any]) -> str:
+    facts = next(iter(content["benches"].values()))["environment"]
+    return f"{facts.get('gpu') or facts['cpu']}, level {facts['cpu_level']}, {facts['threads']} threads"
+
+
+def provenance(content: dict[str, Any]) -> str:
+    """Machine, versions and commits; what differs between benches is listed with their names."""
+    lines = []
+    environments = {name: bench["environment"] for name, bench in sorted(content["benches"].items())}
+    facts = (
+        ("commit", lambda e: (e["commit"] or "unknown")[:12] + (" with changes" if e["dirty"] else "")),
+        ("date", lambda e: e["date"][:10]),
+        (
+            "machine",
+            lambda e: f"{e['cores']} cores, {e['memory_gib']} GiB, last-level cache {e['last_level_cache_mib']} MiB, {e['platform']}",
+        ),
+        ("versions", lambda e: f"llada_kernels {e['llada_kernels']}, torch {e['torch']}, Python {e['python']}"),
+        ("kind of run", lambda e: "QUICK: small shapes, no claims" if e["quick"] else "full"),
+    )
+    for what, of in facts:
+        values: dict[str, list[str]] = {}
+        for name, e in environments.items():
+            values.setdefault(of(e), []).append(name)
+        shown = [v if len(values) == 1 else f"{v} ({', '.join(names)})" for v, names in values.items()]
+        lines.append(f"- {what}: {'; '.join(shown)}")
+    busy = [name for name, e in environments.items() if e["load_at_start"] > e["cores"] + 0.5]
+    if busy:
+        lines.append(f"- other programs were running at the start of: {', '.join(busy)}")
+    return "\n".join(lines) + "\n"
+
+
+def ceilings(content: dict[str, Any]) -> str:
+    """The measured ceilings: range over the benches, which measure them each for itself."""
+    seen: dict[str, list[float]] = {}
+    for bench in content["benches"].values():
+        for name, entry in bench["ceilings"].items():
+            seen.setdefault(name, []).append(entry["value"] / 1e9)
+    lines = ["| ceiling | threads | measured |", "|---|---|---|"]
+    for name, values in sorted(seen.items()):
+        kind, _, threads = name.rpartition(" ")
+        spread = number(min(values)) + (f" - {number(max(values))}" if number(min(values)) != number(max(values)) else "")
+        lines.append(f"| {kind} | {threads} | {spread} {'GB/s' if kind == 'read' else 'GFLOP/s'} |")
+    return "\n".join(lines) + "\n"
+
+
+def by_case(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case; a file keeps them together and in order."""
+    for _, group in groupby(rows, key=lambda r: (r["op"], r["case"], r["dtype"])):
+        yield list(group)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line per case and variant of ours, one column per baseline."""
+    others: list[tuple[str, bool]] = []
+    for row in rows:
+        if row["role"] != "ours" and (column := (row["variant"], row["role"] == "yardstick")) not in others:
+            others.append(column)
+    memory = any("peak_bytes" in row.get("extra", {}) for row in rows)
+    head = ["case", "dtype", "variant", "time", "rate", "of the ceiling", *[name + " (rate)" * rate for name, rate in others]]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for case in by_case(rows):
+        for row in (r for r in case if r["role"] == "ours"):
+            cells = [row["case"], row["dtype"], f"{row['variant']}, {row['threads']} thr.", *own_cells(row, memory)]
+            for name, _ in others:
+                other = next((r for r in case if r["variant"] == name), None)
+                cells.append("" if other is None else other_cell(row, other, memory))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def own_cells(row: dict[str, Any], memory: bool) -> list[str]:
+    if "seconds" not in row:
+        return [f"{row['status']}", "", ""]
+    s = row["seconds"]
+    time = f"**{duration(s['median'])}** ({duration(s['p10'])} - {duration(s['p90'])})"
+    rates = [f"{number(row[k])} {unit}" for k, unit in (("gflops", "GFLOP/s"), ("gbytes", "GB/s")) if row.get(k)]
+    # Of two rates the one that the ceiling is about; the other is in the JSON file.
+    rate = rates[-1] if row.get("bound") == "bandwidth" else rates[0] if rates else ""
+    bound = {"bandwidth": "mem", "arithmetic": "GEMM"}.get(row.get("bound", ""), "")
+    percent = f"{row['percent_of_ceiling']:.0f} % {bound}" if "percent_of_ceiling" in row else ""
+    return [time + peak(row, memory), rate, percent]
+
+
+def other_cell(row: dict[str, Any], other: dict[str, Any], memory: bool) -> str:
+    if "seconds" not in other:
+        return str(other["status"])
+    time = duration(other["seconds"]["median"])
+    ratio = row.get("ratios", {}).get(other["variant"])
+    return time + ("" if ratio is None else f", {number(ratio)}x") + peak(other, memory)
+
+
+def peak(row: dict[str, Any], memory: bool) -> str:
+    size = row.get("extra", {}).get("peak_bytes")
+    return f", peak {size / 2**20:.0f} MiB" if memory and size is not None else ""
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Why a variant has no time, once per reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if "seconds" not in row:
+            reasons.setdefault(f"{row['variant']}: {row['status']}: {row['reason']}", []).append(f"{row['case']} {row['dtype']}")
+    return [f"- {reason} ({'; '.join(cases)})" for reason, cases in reasons.items()] + [""] * bool(reasons)
+
+
+def losses(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, float]]:
+    """Our rows that are slower than a checked baseline (or below a yardstick's rate), and rows of ours without a time."""
+    found = []
+    for row in rows:
+        if row["role"] == "ours":
+            found += [(row, name, ratio) for name, ratio in row.get("ratios", {}).items() if ratio < 1]
+            if row["status"] in ("failed", "error"):
+                found.append((row, str(row["reason"]), 0.0))
+    return found
+
+
+def lost(content: dict[str, Any]) -> str:
+    lines = []
+    for _, bench in sorted(content["benches"].items()):
+        for row, name, ratio in sorted(losses(bench["rows"]), key=lambda entry: entry[2]):
+            what = f"{row['op']}, {row['case']}, {row['dtype']}, {row['variant']}"
+            lines.append(f"- {what}: {f'{number(ratio)}x {name}' if ratio else f'no time: {name}'}")
+    return "\n".join(lines or ["Nowhere: every row of ours is at least as fast as every baseline of its run."]) + "\n"
+
+
+def rewrite(results: Path, docs: Path) -> list[Path]:
+    """Write the page and the figures of all result files; what is written."""
+    machines = {path.stem: read(path) for path in sorted(results.glob("*.json"))}
+    docs.mkdir(parents=True, exist_ok=True)
+    for old in docs.glob("performance-*.svg"):
+        old.unlink()
+    page = docs / "performance.md"
+    page.write_text(markdown(machines))
+    return [page, *(path for stem, content in machines.items() for path in plot(content, docs, stem))]
+
+
+def main(argv: list[str], results: Path, docs: Path) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=results, help="folder of result files")
+    parser.add_argument("--docs", type=Path, default=docs, help="where performance.md goes")
+    arguments = parser.parse_args(argv)
+    for path in rewrite(arguments.results, arguments.docs):
+        print(path)
+    return 0
