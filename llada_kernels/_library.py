@@ -12,13 +12,46 @@ import torch
 
 PATH = Path(__file__).with_name("_C.so")
 
+#: Every operator of csrc/bindings/library.cpp. A library built from older sources lacks some: then none of it is used.
+OPERATORS = (
+    "block_attention",
+    "block_attention_backward",
+    "cached_block_attention",
+    "cpu_level",
+    "grouped_gemm",
+    "grouped_gemm_backward",
+    "lm_loss",
+    "lm_loss_backward",
+    "moe_mlp",
+    "moe_mlp_backward",
+    "moe_routing",
+    "moe_routing_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "rope_backward",
+    "swiglu",
+    "swiglu_backward",
+    "threshold_unmask",
+)
+
 #: None when the operators are registered, else the reason why they are not. The reference backends serve in that case.
 load_error: str | None = None
 
 
 def _load() -> str | None:
-    if torch._C._dispatch_has_kernel("llada_kernels::rms_norm"):
-        return None
+    if not _registered("rms_norm") and (error := _map()) is not None:
+        return error
+    if missing := [name for name in OPERATORS if not _registered(name)]:
+        return f"{PATH.name} was built from other sources: it lacks {', '.join(missing)} (build it again: make install, or pip install .)"
+    return None
+
+
+def _registered(operator: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel(f"llada_kernels::{operator}"))
+
+
+def _map() -> str | None:
     if not PATH.exists():
         return (
             f"{PATH.name} is missing beside {Path(__file__).name}: the package was imported from a source tree in which it was not built "

@@ -78,6 +78,15 @@ def test_without_a_usable_library_the_reference_serves(copied_package, content):
     assert expected in json.loads(facts.stdout)["backends"]["native"]
 
 
+def test_a_library_built_before_an_operator_existed_is_not_used(copied_package):
+    shutil.copy(ROOT / "llada_kernels" / "_C.so", copied_package / "llada_kernels")
+    source = copied_package / "llada_kernels" / "_library.py"
+    source.write_text(source.read_text().replace("OPERATORS = (", 'OPERATORS = (\n    "operator_of_tomorrow",'))
+    native = run_python(CALL.format(", backend='native'"), copied_package)
+    assert "_C.so was built from other sources: it lacks operator_of_tomorrow" in native.stderr
+    assert run_python(CALL.format(""), copied_package).returncode == 0
+
+
 def test_info_of_this_installation():
     result = subprocess.run([sys.executable, "-m", "llada_kernels.info", "--json"], capture_output=True, text=True, check=True)
     facts = json.loads(result.stdout)

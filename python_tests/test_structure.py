@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_kernels import info
+from llada_kernels import _library, info
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [p for folder in ("csrc", "llada_kernels", "python_tests", "bench", "build_tools") for p in (ROOT / folder).rglob("*")]
@@ -31,6 +31,11 @@ def test_kernels_do_not_include_torch():
 def test_bindings_use_only_the_stable_headers():
     includes = {i for p in (ROOT / "csrc" / "bindings").iterdir() for i in re.findall(r"#include\s*<(torch/[^>]+)>", p.read_text())}
     assert includes and all(i.startswith(("torch/csrc/stable/", "torch/headeronly/")) for i in includes)
+
+
+def test_python_knows_every_operator():
+    schemas = (ROOT / "csrc" / "bindings" / "library.cpp").read_text()
+    assert sorted(re.findall(r'm\.def\(\s*"(\w+)\(', schemas)) == sorted(_library.OPERATORS)
 
 
 @pytest.mark.parametrize("op", NATIVE_OPS)
