@@ -1,0 +1,281 @@
+"""The benchmark harness: what it reports, what it refuses to report, and what it makes of result files."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from bench import compare, report
+from bench.__main__ import main as bench_command
+from bench.ceilings import Ceilings
+from bench.checks import as_exact_as, close, equal
+from bench.harness import Case, Settings, Variant, interleave, measure, repetitions, statistics
+from bench.runner import read, write
+from bench.shapes import mini_routing
+from llada_kernels.info import all_ops
+
+CEILINGS = Ceilings({"read 1": {"value": 1e9, "how": ""}, "gemm float32 1": {"value": 4e9, "how": ""}})
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Clock:
+    """Time passes only when a variant says so."""
+
+    now = 0.0
+    calls: list[str]
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def variant(self, name: str, durations: list[float], value: float = 1.0, **kind: Any) -> Variant:
+        left = iter(durations)
+
+        def run() -> torch.Tensor:
+            self.calls.append(name)
+            self.now += next(left, durations[-1])
+            return torch.full((2,), value)
+
+        return Variant(name, run, **kind)
+
+
+def case(variants: list[Variant], **options: Any) -> Case:
+    return Case("op", "case", torch.float32, {"n": 2}, variants, equal([torch.ones(2)]), **options)
+
+
+def test_statistics_are_those_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    samples = [3.0, 1.0, 10.0, 2.0, 7.0, 7.5]
+    got = statistics(samples)
+    assert (got.median, got.p10, got.p90) == pytest.approx(tuple(numpy.percentile(samples, [50, 10, 90])))
+    assert (got.best, got.reps) == (1.0, 6)
+    assert statistics([4.0]).as_dict() == {"median": 4.0, "p10": 4.0, "p90": 4.0, "best": 4.0, "reps": 1}
+    with pytest.raises(ValueError, match="at least one"):
+        statistics([])
+
+
+def test_repetitions_fill_the_time_within_bounds():
+    settings = Settings(seconds=1.0, min_reps=5, max_reps=300)
+    assert [repetitions(s, settings) for s in (1e-6, 0.1, 0.5, 2.0, 12.0)] == [300, 10, 5, 3, 2]
+
+
+@pytest.mark.parametrize("counts", [[3], [1, 1, 1], [2, 20], [5, 300, 7], []])
+def test_interleaving_keeps_counts_and_spreads_each_variant(counts):
+    order = interleave(counts)
+    assert [order.count(i) for i in range(len(counts))] == counts
+    for i, n in enumerate(counts):
+        places = [place for place, index in enumerate(order) if index == i]
+        gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+        assert all(gap <= len(order) / n + len(counts) for gap in gaps)
+
+
+def test_rows_state_time_rate_ceiling_and_ratios_of_the_same_run():
+    clock = Clock()
+    ours = clock.variant("native", [0.4, 0.45, 0.2, 0.1, 0.3], role="ours")
+    slow = clock.variant("baseline", [0.4])
+    other = clock.variant("unmasked", [0.5], value=7.0, role="yardstick", flops=4e8)
+    rows = measure(case([ours, slow, other], flops=4e8, bytes=5e7), Settings(seconds=0.0, min_reps=3), CEILINGS, clock)
+    row = rows[0]
+    # The first call checks and warms up, the second one estimates how many fit: neither is a sample.
+    assert (row["seconds"]["reps"], row["seconds"]["best"]) == (3, pytest.approx(0.1))
+    assert row["seconds"]["median"] == pytest.approx(0.2)
+    assert [r["status"] for r in rows] == ["ok"] * 3
+    assert row["gflops"] == pytest.approx(0.4 / row["seconds"]["median"])
+    assert (row["bound"], row["floor_seconds"]) == ("arithmetic", pytest.approx(0.1))
+    assert row["percent_of_ceiling"] == pytest.approx(100 * 0.1 / row["seconds"]["median"])
+    assert row["ratios"]["baseline"] == pytest.approx(0.4 / row["seconds"]["median"])
+    assert row["ratios"]["unmasked"] == pytest.approx(0.5 / row["seconds"]["median"])  # same FLOPs: rates are as times
+    assert "ratios" not in rows[1]
+    assert clock.calls[-9:] == ["native", "baseline", "unmasked"] * 3
+
+
+def test_bandwidth_is_the_floor_where_it_takes_longer():
+    assert CEILINGS.floor(4e8, 5e8, "float32", 1) == (0.5, "bandwidth")
+    assert CEILINGS.floor(4e9, 5e8, "float32", 1) == (1.0, "arithmetic")
+    assert CEILINGS.floor(None, 5e8, "float32", 1) == (0.5, "bandwidth")
+    assert CEILINGS.floor(4e9, None, "bfloat16", 1) is None, "a ceiling that was not measured is not guessed"
+
+
+def test_a_variant_with_wrong_values_gets_no_time_and_is_not_called_again():
+    clock = Clock()
+    wrong = clock.variant("native", [0.1], value=1.0 + 1e-6, role="ours")
+    rows = measure(case([wrong, clock.variant("reference", [0.4])], flops=1.0), Settings(), CEILINGS, clock)
+    assert rows[0]["status"] == "failed" and "2 of 2 values differ" in rows[0]["reason"]
+    assert not {"seconds", "gflops", "ratios", "percent_of_ceiling"} & set(rows[0])
+    assert clock.calls.count("native") == 1
+    assert "seconds" in rows[1]
+
+
+def test_a_baseline_with_wrong_values_is_not_compared_with():
+    clock = Clock()
+    rows = measure(
+        case([clock.variant("native", [0.1], role="ours"), clock.variant("other", [0.4], value=2.0)]), Settings(), CEILINGS, clock
+    )
+    assert rows[0]["ratios"] == {} and rows[1]["status"] == "failed"
+
+
+def test_errors_and_unsupported_calls_are_rows_too():
+    def unsupported() -> None:
+        raise ValueError("op: backend 'native' does not support this call: no library")
+
+    def broken() -> None:
+        raise RuntimeError("boom")
+
+    rows = measure(case([Variant("native", unsupported, "ours"), Variant("x", broken)]), Settings(), CEILINGS)
+    assert [(r["status"], "seconds" in r) for r in rows] == [("unsupported", False), ("error", False)]
+    assert rows[1]["reason"] == "RuntimeError: boom"
+
+
+def test_checks_find_wrong_values():
+    exact, rough = [torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.01])]
+    check = as_exact_as(exact, rough)
+    assert check(torch.tensor([1.0, 2.019])) is None
+    assert "error" in (check(torch.tensor([1.0, 2.03])) or "")
+    assert "error inf" in (check(torch.tensor([1.0, torch.nan])) or "")
+    assert "shape" in (check(torch.ones(3)) or "")
+    assert close(exact, 0.1)(torch.tensor([1.1, 2.1])) is None
+    assert close(exact, 0.01)(torch.tensor([1.1, 2.1]))
+    assert equal(exact)(torch.tensor([1.0, 2.0])) is None
+    assert equal(exact)(torch.tensor([1.0, 2.000001]))
+
+
+def test_routing_distributions_differ_as_stated():
+    def distinct(kind: str) -> float:
+        ids = mini_routing(32 * 40, kind).topk_ids.view(40, -1)
+        return sum(len(block.unique()) for block in ids) / 40
+
+    assert distinct("llada-block") == pytest.approx(69.5, abs=3)
+    assert distinct("uniform") == pytest.approx(162, abs=4)
+    assert distinct("zipf0.5") < distinct("uniform")
+    with pytest.raises(ValueError, match="kind"):
+        mini_routing(32, "zipf")
+
+
+def test_every_op_has_a_bench():
+    for op in all_ops():
+        assert callable(importlib.import_module(f"bench.bench_{op}").cases), op
+
+
+def row(median: float, op: str = "rms_norm", variant: str = "native", role: str = "ours", **more: Any) -> dict[str, Any]:
+    seconds = {"median": median, "p10": 0.9 * median, "p90": 1.1 * median, "best": 0.9 * median, "reps": 9}
+    return {
+        "op": op, "case": "8 x 8", "dtype": "float32", "shapes": {}, "variant": variant, "role": role, "threads": 2, "status": "ok",
+        "reason": None, "seconds": seconds, "flops": 1e9, "bytes": 1e6, "gflops": 1 / median, "gbytes": 1e-3 / median,
+        "bound": "arithmetic", "percent_of_ceiling": 50.0, **more,
+    }  # fmt: skip
+
+
+def results(*rows: dict[str, Any]) -> dict[str, Any]:
+    facts = {
+        "cpu": "Test CPU", "cpu_level": "avx2", "gpu": None, "threads": 2, "cores": 2, "memory_gib": 4.0, "last_level_cache_mib": 8,
+        "platform": "Linux", "commit": "a" * 40, "dirty": False, "date": "2026-01-02 03:04 UTC", "quick": False, "load_at_start": 0.1,
+        "llada_kernels": "0.1.0", "torch": "2.13.0", "python": "3.11",
+    }  # fmt: skip
+    bench = {"about": "About it.", "environment": facts, "ceilings": {"read 2": {"value": 5e10, "how": ""}}, "rows": list(rows)}
+    return {"schema": 1, "benches": {"rms_norm": bench}}
+
+
+BASE = results(row(1e-3, ratios={"reference": 4.0, "F.rms_norm": 0.8}), row(4e-3, variant="reference", role="baseline"),
+               row(8e-4, variant="F.rms_norm", role="baseline"))  # fmt: skip
+
+
+def test_compare_finds_what_became_slower(tmp_path, capsys):
+    slower = copy.deepcopy(BASE)
+    slower["benches"]["rms_norm"]["rows"][0] = row(1.5e-3, ratios={"reference": 2.7, "F.rms_norm": 0.53})
+    slower["benches"]["rms_norm"]["rows"][1]["seconds"]["median"] = 9.0  # a baseline's time is nobody's regression
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(BASE))
+    b.write_text(json.dumps(slower))
+    assert compare.main([str(a), str(a)]) == 0
+    assert compare.main([str(b), str(a)]) == 0, "faster is no regression"
+    capsys.readouterr()
+    assert compare.main([str(a), str(b)]) == 1
+    assert "WORSE rms_norm: 8 x 8, float32, native, 2 threads: 1.000 -> 1.500 ms (1.50x)" in capsys.readouterr().out
+    assert compare.main([str(a), str(b), "--threshold", "0.6"]) == 0
+    assert compare.main([str(a), str(b), "--relative"]) == 1
+
+
+def test_compare_needs_more_than_overlapping_spreads():
+    (change,) = compare.compare(BASE, results(row(1.15e-3)), threshold=0.1)
+    assert change.factor == pytest.approx(1.15) and not change.worse
+
+
+def test_compare_counts_lost_rows_and_failed_checks():
+    failed = row(1e-3, status="failed", reason="output 0: wrong")
+    del failed["seconds"]
+    assert [c.worse for c in compare.compare(BASE, results(failed))] == [True]
+    assert [c.worse for c in compare.compare(BASE, results(row(1e-3, variant="reference", role="baseline")))] == [True]
+    assert compare.compare(BASE, results(row(1.0, op="rope"))) == [], "a bench that was not run is not compared"
+
+
+def test_compare_refuses_other_machines_and_other_files(tmp_path, capsys):
+    other = copy.deepcopy(BASE)
+    other["benches"]["rms_norm"]["environment"]["cpu"] = "Other CPU"
+    a, b, c = (tmp_path / n for n in ("a.json", "b.json", "c.json"))
+    a.write_text(json.dumps(BASE))
+    b.write_text(json.dumps(other))
+    c.write_text("[1]")
+    assert compare.main([str(a), str(b)]) == 2
+    assert "different machines" in capsys.readouterr().err
+    assert compare.main([str(a), str(b), "--relative"]) == 0
+    assert compare.main([str(a), str(c)]) == 2
+    assert compare.main([str(a), str(tmp_path / "none.json")]) == 2
+
+
+def test_result_files_keep_the_benches_that_were_not_run(tmp_path):
+    path = tmp_path / "results" / "m.json"
+    write(path, {"a": {"rows": [1]}, "b": {"rows": [2]}})
+    write(path, {"b": {"rows": [3]}})
+    assert read(path)["benches"] == {"a": {"rows": [1]}, "b": {"rows": [3]}}
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not a result file"):
+        read(path)
+
+
+def test_the_report_comes_from_result_files_alone(tmp_path):
+    failed = row(1e-3, op="rope", status="failed", reason="output 0: error")
+    del failed["seconds"]
+    content = copy.deepcopy(BASE)
+    content["benches"]["rope"] = {**content["benches"]["rms_norm"], "rows": [failed]}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "test-cpu.json").write_text(json.dumps(content))
+    written = report.rewrite(tmp_path / "results", tmp_path / "docs")
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    for text in ("## Test CPU, level avx2, 2 threads", "commit: aaaaaaaaaaaa", "torch 2.13.0", "| read | 2 | 50.0 GB/s |",
+                 "**1.00 ms** (900 us - 1.10 ms) | 1000 GFLOP/s | 50 % GEMM | 4.00 ms, 4.00x | 800 us, 0.80x |",
+                 "native: failed: output 0: error (8 x 8 float32)"):  # fmt: skip
+        assert text in page, text
+    losing = page.split("### Where we lose")[1]
+    assert "rms_norm, 8 x 8, float32, native: 0.80x F.rms_norm" in losing and "rope" in losing and "reference" not in losing
+    figures = [path for path in written if path.suffix == ".svg"]
+    assert len(figures) == 2 and all(path.name in page for path in figures)
+    before = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in report.rewrite(tmp_path / "results", tmp_path / "docs")] == before
+
+
+def test_quick_run_of_a_bench(tmp_path):
+    path = tmp_path / "out.json"
+    assert bench_command(["rms_norm", "--quick", "--threads", "1", "--only", "forward float32", "--json", str(path)]) == 0
+    (bench,) = read(path)["benches"].values()
+    assert {r["case"] for r in bench["rows"]} == {"32 x 2048 forward"} and {r["dtype"] for r in bench["rows"]} == {"float32"}
+    assert all(r["status"] == "ok" and r["seconds"]["median"] > 0 for r in bench["rows"])
+    assert {"native", "reference", "F.rms_norm"} == {r["variant"] for r in bench["rows"]}
+    assert bench["environment"]["commit"] and bench["environment"]["cpu_level"] and bench["ceilings"]["read 1"]["value"] > 0
+
+
+def test_an_unknown_bench_is_an_error(capsys):
+    assert bench_command(["nothing"]) == 2
+    assert "unknown bench nothing" in capsys.readouterr().err
