@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in arguments.names or names():
             command = [sys.executable, "-m", f"bench.bench_{name}", "--json", str(collected), "--threads", str(arguments.threads)]
             command += ["--quick"] * arguments.quick + ["--only", arguments.only] * bool(arguments.only)
+            command += [] if arguments.seconds is None else ["--seconds", str(arguments.seconds)]
             if subprocess.run(command, cwd=ROOT).returncode:
                 failed.append(name)
         if collected.exists():

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -39,9 +39,10 @@ class Settings:
     max_reps: int = 300
 
     @classmethod
-    def of(cls, quick: bool, threads: int, only: str = "") -> Settings:
+    def of(cls, quick: bool, threads: int, only: str = "", seconds: float | None = None) -> Settings:
         """The settings of a full or of a quick run."""
-        return cls(True, threads, only, 0.05, 2, 20) if quick else cls(False, threads, only)
+        settings = cls(True, threads, only, 0.05, 2, 20) if quick else cls(False, threads, only)
+        return settings if seconds is None else replace(settings, seconds=seconds)
 
     def wants(self, name: str, dtype: torch.dtype | str = "") -> bool:
         """Whether a case takes part; asked before its inputs are made."""

@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from llada_kernels import Config, Model
 
-__all__ = ["OfficialModel", "block_diffusion_mask"]
+__all__ = ["OfficialModel", "block_diffusion_mask", "official_generate"]
 
 
 def block_diffusion_mask(length: int, block: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,3 +153,39 @@ class OfficialModel(nn.Module):
         for layer in self.layers:
             x = layer(x, mask, cos, sin)
         return self.lm_head(self.norm(x)).float()
+
+
+@torch.no_grad()
+def official_generate(
+    model: OfficialModel, prompt: Tensor, *, gen_length: int, block_length: int, steps: int, threshold: float, mask_id: int
+) -> Tensor:
+    """The loop of LLaDA2.0 for one prompt, greedy and without EOS: no cache, so every step computes the whole prefix, with all its logits.
+
+    Returns:
+        int64 [gen_length].
+    """
+    start, dtype = len(prompt), model.word_embeddings.dtype
+    total = -(-(start + gen_length) // block_length) * block_length
+    number = torch.arange(total) // block_length
+    mask = torch.zeros(total, total, dtype=dtype).masked_fill_(number[:, None] < number, float("-inf"))[None, None]
+    x = torch.full((1, total), mask_id)
+    x[0, :start] = prompt
+    steps = min(steps, gen_length)
+    schedule = [block_length // steps + (s < block_length % steps) for s in range(steps)]
+    for end in range((start // block_length + 1) * block_length, total + 1, block_length):
+        window = x[:, :end]
+        for n in schedule:
+            masked = window[:, -block_length:] == mask_id
+            if not masked.any():
+                break
+            logits = model(window, mask[:, :, :end, :end], torch.arange(end))[:, -block_length:]
+            probabilities = logits.softmax(-1)
+            logits[..., mask_id] = float("-inf")  # the released code may choose it, and then goes round in circles
+            token = logits.argmax(-1)
+            confidence = probabilities.gather(-1, token.unsqueeze(-1)).squeeze(-1).masked_fill(~masked, float("-inf"))
+            take = confidence > threshold
+            if int(take.sum()) < n:
+                best = confidence.topk(min(n, int(masked.sum())), dim=-1).indices
+                take = torch.zeros_like(masked).scatter_(1, best, True)
+            window[:, -block_length:][take] = token[take]
+    return x[0, start : start + gen_length]

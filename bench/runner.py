@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions: does everything work?")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--only", default="", metavar="TEXT", help='cases whose "name dtype" contains this')
+    parser.add_argument("--seconds", type=float, metavar="S", help="time for the repetitions of one variant")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
 
 
@@ -38,7 +39,7 @@ def main(name: str, cases: Cases) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m bench.bench_{name}", description=sys.modules[cases.__module__].__doc__)
     add_arguments(parser)
     arguments = parser.parse_args()
-    result = run(name, cases, Settings.of(arguments.quick, arguments.threads, arguments.only))
+    result = run(name, cases, Settings.of(arguments.quick, arguments.threads, arguments.only, arguments.seconds))
     if arguments.json:
         write(arguments.json, {name: result})
     return int(any(row["role"] == "ours" and row["status"] in ("failed", "error") for row in result["rows"]))
