@@ -74,8 +74,8 @@ def model_config(scale: Scale) -> Config:
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, rotary_dim=16, rope_theta=10000.0,
         intermediate_size=3 * scale.hidden_size, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
         moe_layers=(False, *[True] * (scale.layers - 1)), shared_expert_intermediate_size=64, n_group=4, topk_group=2,
-        routed_scaling_factor=1.0, pad_token_id=None, mask_token_id=mask, eos_token_id=end, max_position_embeddings=4096, initializer_range=0.05,
-        family="bailing_moe_v2", causal=True,
+        routed_scaling_factor=1.0, pad_token_id=None, mask_token_id=mask, eos_token_id=end, max_position_embeddings=4096,
+        initializer_range=0.05, family="bailing_moe_v2", causal=True,
     )  # fmt: skip
 
 

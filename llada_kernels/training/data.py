@@ -121,9 +121,7 @@ class PackedDataset:
             flags = document.supervised
             flags = None if flags is None else torch.as_tensor(flags, dtype=torch.bool)
             if flags is not None and flags.shape != tokens.shape:
-                raise ValueError(
-                    f"supervised: expected {len(tokens)} flags for document {number}, got shape {tuple(flags.shape)}"
-                )
+                raise ValueError(f"supervised: expected {len(tokens)} flags for document {number}, got shape {tuple(flags.shape)}")
             self._tokens.append(tokens)
             self._supervised.append(flags)
         self.rows = pack([len(t) for t in self._tokens], row_tokens)

@@ -155,9 +155,7 @@ def draw_noise(
     return Noise(torch.stack(masked), torch.stack(weight).float(), torch.stack(level).float())
 
 
-def _levels(
-    samples: Tensor, block_ids: Tensor, seed: int, step: int, view: int, mask_ratio: tuple[float, float]
-) -> Tensor:
+def _levels(samples: Tensor, block_ids: Tensor, seed: int, step: int, view: int, mask_ratio: tuple[float, float]) -> Tensor:
     """t of each token, fp64."""
     if samples.numel() == 0:
         return torch.zeros_like(samples, dtype=torch.float64)

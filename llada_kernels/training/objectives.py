@@ -102,9 +102,7 @@ class LossTerms:
     correct: Tensor
 
 
-def prepare(
-    batch: Batch, objective: Objective, mask_token_id: int, *, seed: int, step: int, fixed_count: bool = False
-) -> Prepared:
+def prepare(batch: Batch, objective: Objective, mask_token_id: int, *, seed: int, step: int, fixed_count: bool = False) -> Prepared:
     """Noise a pack and lay it out for ``objective``. A pure function of its arguments; see :func:`noise.draw_noise`.
 
     Raises:
@@ -153,9 +151,7 @@ def build_diffusion(
         mask = DiffusionMask.bidirectional(torch.cat([starts[:1], *ends]).to(torch.int32))
     else:
         kept = _kept_blocks(batch, block_size) if block_origin == "document" else None
-        mask = DiffusionMask.block_diffusion(
-            batch.cu_seqlens, block_size, views=views, noisy_blocks=kept, block_origin=block_origin
-        )
+        mask = DiffusionMask.block_diffusion(batch.cu_seqlens, block_size, views=views, noisy_blocks=kept, block_origin=block_origin)
         clean = batch.tokens
         if kept is not None and mask.noisy_index is not None:
             index = mask.noisy_index.to(device)
@@ -225,9 +221,7 @@ def _noisy_embeddings(model: Model, prepared: Prepared, sigma: float, seed: int,
     noise = torch.zeros_like(embeddings)
     for view in range(int(prepared.views.max()) + 1 if prepared.views.numel() else 0):
         at = (prepared.noised & (prepared.views == view)).nonzero().squeeze(1)
-        values = embedding_noise(
-            prepared.samples[at], prepared.indices[at], embeddings.shape[-1], seed=seed, step=step, view=view
-        )
+        values = embedding_noise(prepared.samples[at], prepared.indices[at], embeddings.shape[-1], seed=seed, step=step, view=view)
         noise[at] = (sigma * values).to(noise.dtype)
     return embeddings + noise
 

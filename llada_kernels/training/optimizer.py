@@ -37,9 +37,7 @@ class AdamW:
         weight_decay: float = 0.1,
     ) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._masters = {
-            n: p.detach().float() if p.dtype in (torch.bfloat16, torch.float16) else p for n, p in self.parameters.items()
-        }
+        self._masters = {n: p.detach().float() if p.dtype in (torch.bfloat16, torch.float16) else p for n, p in self.parameters.items()}
         groups = [
             {"params": [m for n, m in self._masters.items() if decays(n, m) is decay], "weight_decay": weight_decay * decay}
             for decay in (True, False)

@@ -101,9 +101,7 @@ class TrainConfig:
 
     def learning_rate_schedule(self) -> LearningRate:
         """The learning rate over the run."""
-        return LearningRate(
-            self.learning_rate, self.steps, self.warmup_steps, self.schedule, self.final_learning_rate, self.decay_fraction
-        )
+        return LearningRate(self.learning_rate, self.steps, self.warmup_steps, self.schedule, self.final_learning_rate, self.decay_fraction)
 
 
 class Trainer:
