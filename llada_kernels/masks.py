@@ -32,7 +32,7 @@ _Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class DiffusionMask:
-    """Visibility of keys, one row per query; make one with a class method.
+    """Visibility of keys, one row per query; make one with a class method, outside of compiled functions, and pass it to them.
 
     Attributes:
         context: int32 [Tq, 2], half-open interval of clean keys (for ``cached``: of the row's cached keys, counted from its start).

@@ -178,6 +178,18 @@ def test_non_contiguous_inputs(backend):
     torch.testing.assert_close(grad, exact)
 
 
+@pytest.mark.parametrize("backend", NAMES)
+def test_inference_and_partial_gradients(backend):
+    mask = DiffusionMask.causal([0, 9])
+    q, k, v, grad = draw(mask, 4, 2, 16, torch.float32)
+    with torch.inference_mode():
+        out = block_attention(q, k, v, mask, backend=backend)
+    grad_v = torch.autograd.grad(block_attention(q, k, v.requires_grad_(), mask, backend=backend), v, grad)[0]
+    exact = dense_attention(q, k, v, mask.dense())
+    torch.testing.assert_close(out, exact.detach())
+    torch.testing.assert_close(grad_v, torch.autograd.grad(exact, v, grad)[0])
+
+
 def test_gradcheck():
     mask = DiffusionMask.block_diffusion([0, 3, 5], 2)
     inputs = [torch.randn(mask.num_keys, h, 2, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1)]
