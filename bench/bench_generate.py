@@ -1,56 +1,57 @@
-"""Generation with the KV cache against the plain loop that recomputes the prefix, and the share of equal tokens in bf16.
+"""Generation on the bench model with the KV cache against the official loop and against our model without a cache.
 
-    python bench/bench_generate.py [--dtype float32 --dtype bfloat16] [--gen-length 256] [--json result.json]
-
-The model is random, of the LLaDA2 architecture, its logits spread like those of a trained one. In fp32 both ways must give
-the same tokens, or nothing is reported. In bf16 the router of a random model flips at the smallest rounding and one other token
-changes all that follow, so beside the share of equal tokens the share of equal choices from equal inputs is stated.
+The model is random, its logits spread like those of a trained one. In fp32 all ways must give the same tokens. In bf16 near ties fall
+differently with every order of summation (the router of a random model flips at the smallest rounding) and the rest of the text follows
+from them, so only valid tokens are asked for; the shares of equal tokens, and of equal choices from equal inputs, are in the JSON file.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llada_kernels import Config, DiffusionMask, Model
+from llada_kernels import DiffusionMask, Model
 from llada_kernels.generation import generate, plain
-from llada_kernels.info import collect
+
+from .checks import equal
+from .harness import Case, Settings, Variant
+from .official import OfficialModel, official_generate
+from .runner import main
+from .shapes import bench_model
 
 #: standard deviation of the logits; the most probable of 32000 tokens then has about the share 0.2
 LOGIT_SPREAD = 4.0
+BLOCK, STEPS, THRESHOLD = 32, 32, 0.95
 
 
-def bench_model(dtype: torch.dtype, seed: int = 0) -> Model:
-    """Hidden 512, 8 layers (the first dense), 64 experts of width 256, 4 per token, 8 query and 2 KV heads of 64, 32000 tokens."""
-    config = Config(
-        vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
-        rotary_dim=32, rope_theta=600000.0, intermediate_size=2048, moe_intermediate_size=256, num_experts=64,
-        num_experts_per_tok=4, moe_layers=(False, *[True] * 7), shared_expert_intermediate_size=256, n_group=8, topk_group=4,
-        routed_scaling_factor=2.5, mask_token_id=31999, eos_token_id=31998,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = Model(config)
+def cases(settings: Settings) -> Iterator[Case]:
+    prompt, length = (40, 32) if settings.quick else (256, 256)
+    for dtype in (torch.float32, torch.bfloat16):
+        if settings.wants(name := f"{length} new tokens, prompt {prompt}", dtype):
+            yield generation(name, prompt, length, dtype, settings)
+
+
+def spread_model(dtype: torch.dtype, small: bool) -> Model:
+    """The bench model, with logits far enough apart that a step is sure of some tokens."""
+    model = bench_model(torch.float32, small)
     with torch.no_grad():
-        model.lm_head_weight.normal_(std=LOGIT_SPREAD / config.hidden_size**0.5)
+        model.lm_head_weight.normal_(std=LOGIT_SPREAD / model.config.hidden_size**0.5)
     return model.to(dtype).eval()
 
 
 class Compared:
     """The model, which beside every cached forward runs the plain one on the same tokens and counts equal choices."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model) -> None:
         self.model, self.config, self.device, self.dtype = model, model.config, model.device, model.dtype
         self.prefix = torch.empty(0, dtype=torch.int64)
         self.equal = self.total = 0
 
-    def forward(self, input_ids: torch.Tensor, *, mask: Any, cache: Any, logits_to_keep: torch.Tensor) -> Any:
+    def forward(self, input_ids: Tensor, *, mask: Any, cache: Any, logits_to_keep: Tensor) -> Any:
         context = cache.context_lens[0]
         self.prefix = torch.cat([self.prefix[:context], input_ids])
         out = self.model.forward(input_ids, mask=mask, cache=cache, logits_to_keep=logits_to_keep)
@@ -61,70 +62,55 @@ class Compared:
         return out
 
 
-def measure(dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
-    """Time and tokens of both ways, each after a short warm-up; fastest of ``args.repeats``."""
-    model = bench_model(dtype)
-    prompt = torch.randint(0, 31998, (args.prompt,), generator=torch.Generator().manual_seed(1))
-    common = {"gen_length": args.gen_length, "block_length": args.block, "steps": args.steps, "threshold": args.threshold}
+def generation(name: str, prompt_length: int, length: int, dtype: torch.dtype, settings: Settings) -> Case:
+    model = spread_model(dtype, settings.quick)
+    official = OfficialModel(model).eval()
+    mask_id = model.config.mask_token_id
+    assert mask_id is not None
+    prompt = torch.randint(0, mask_id - 1, (prompt_length,), generator=torch.Generator().manual_seed(1))
+    forwards: dict[str, int] = {}
+    tokens: dict[str, Tensor] = {}
 
-    def cached() -> tuple[torch.Tensor, int]:
-        out = generate(model, prompt, eos_id=-1, **common)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"gen_length": length, "block_length": BLOCK, "steps": STEPS, "threshold": THRESHOLD, "mask_id": mask_id}
+
+    def cached() -> Tensor:
+        out = generate(model, prompt, eos_id=-1, **options)
         assert isinstance(out.num_forwards, int)
-        return out[0], out.num_forwards
+        tokens["native"], forwards["native"] = out[0], out.num_forwards
+        return out[0]
 
-    def uncached() -> tuple[torch.Tensor, int]:
-        return plain.llada20(model, prompt, mask_id=31999, eos_id=-1, **common)
+    def uncached() -> Tensor:
+        return plain.llada20(model, prompt, eos_id=-1, **options)[0]
 
-    generate(model, prompt[:40], gen_length=2, eos_id=-1)
-    result: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "prompt": args.prompt, **common}
-    tokens: dict[str, torch.Tensor] = {}
-    for name, way in (("cached", cached), ("plain", uncached)):
-        seconds = []
-        for _ in range(args.repeats):
-            begin = time.perf_counter()
-            tokens[name], forwards = way()
-            seconds.append(time.perf_counter() - begin)
-        result[f"{name}_seconds"], result[f"{name}_forwards"] = min(seconds), forwards
-    equal = tokens["cached"] == tokens["plain"]
-    result["tokens_per_forward"] = args.gen_length / result["cached_forwards"]
-    result["tokens_per_second"] = args.gen_length / result["cached_seconds"]
-    result["speedup"] = result["plain_seconds"] / result["cached_seconds"]
-    result["share_of_equal_tokens"] = float(equal.float().mean())
-    if dtype != torch.float32:
+    def by_official() -> Tensor:
+        return official_generate(official, prompt, **options)
+
+    expected = uncached()
+
+    def valid(out: Tensor) -> str | None:
+        bad = (out < 0) | (out >= model.config.vocab_size) | (out == mask_id)
+        return f"{int(bad.sum())} positions without a token" if len(out) != length or bad.any() else None
+
+    check: Callable[[Tensor], str | None] = equal([expected]) if dtype == torch.float32 else valid
+
+    def facts() -> dict[str, float]:
         compared = Compared(model)
-        generate(compared, prompt, eos_id=-1, **common)  # type: ignore[arg-type]
-        result["share_of_equal_choices_from_equal_inputs"] = compared.equal / compared.total
-    return result
+        generate(compared, prompt, eos_id=-1, **options)  # type: ignore[arg-type]
+        return {
+            "forwards": forwards["native"],
+            "tokens_per_forward": round(length / forwards["native"], 2),
+            "share_of_equal_tokens": round(float((tokens["native"] == expected).float().mean()), 4),
+            "share_of_equal_choices_from_equal_inputs": round(compared.equal / compared.total, 4),
+        }
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="may be given twice; default: both")
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--gen-length", type=int, default=256)
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--threshold", type=float, default=0.95)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    args = parser.parse_args()
-    results = []
-    for name in args.dtype or ["float32", "bfloat16"]:
-        r = measure(getattr(torch, name), args)
-        if name == "float32" and r["share_of_equal_tokens"] != 1.0:
-            print(f"float32: only {r['share_of_equal_tokens']:.1%} of the tokens equal the plain loop's: not reported", file=sys.stderr)
-            return 1
-        results.append(r)
-        print(
-            f"{name}: cached {r['cached_seconds']:.2f} s ({r['tokens_per_second']:.1f} tokens/s, {r['cached_forwards']} forwards), "
-            f"plain {r['plain_seconds']:.2f} s, ratio {r['speedup']:.2f}; equal tokens {r['share_of_equal_tokens']:.1%}"
-            + (f", equal choices from equal inputs {r[same]:.1%}" if (same := "share_of_equal_choices_from_equal_inputs") in r else "")
-        )
-    if args.json:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        args.json.write_text(json.dumps({"commit": git.stdout.strip(), "machine": collect(), "generate": results}, indent=1) + "\n")
-    return 0
+    variants = [
+        Variant("native", cached, "ours", extra=facts),
+        Variant("our model without a cache", uncached),
+        Variant("official loop", by_official),
+    ]
+    shapes = {"prompt": prompt_length, "new_tokens": length, "block": BLOCK, "steps": STEPS, "threshold": THRESHOLD, "rows": 1}
+    return Case("generate", name, dtype, {**shapes, "model": "small" if settings.quick else "bench model"}, variants, check)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("generate", cases))
