@@ -12,9 +12,16 @@ namespace {
 constexpr int64_t kStepRows = 48;                     // rows multiplied while they are in a near cache; a multiple of the kernels' rows
 constexpr int64_t kBlockRows = 8 * kStepRows;         // rows of one work item, at most
 constexpr int64_t kTile = 64;                         // columns of one work item
-constexpr int64_t kPackFrom = 8;                      // rows from which packing a weight tile pays
 constexpr int64_t kSumRows = 128, kSumColumns = 256;  // tile of a weight gradient
 constexpr int64_t kSumDepth = 256;                    // rows of an expert that it takes in one step
+
+// Rows from which packing a weight tile pays (measured): without, rows of B are used as dot products, or columns with strides.
+#if defined(LLADA_CPU_LEVEL_avx512)
+constexpr int64_t kPackRowsFrom = 24;
+#else
+constexpr int64_t kPackRowsFrom = 10;
+#endif
+constexpr int64_t kPackColumnsFrom = 8;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -30,7 +37,7 @@ class RightOperand {
  public:
   void set(const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, int64_t rows) {
     b_ = b, n_stride_ = n_stride, k_stride_ = k_stride, n_ = n, k_ = k;
-    packed_ = rows >= kPackFrom;
+    packed_ = rows >= (k_stride == 1 ? kPackRowsFrom : kPackColumnsFrom);
     if (!packed_) return;
     if (const int64_t size = packed_size<T>(n, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
     pack(buffer_.get(), b, n_stride, k_stride, n, k);
