@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -25,20 +26,22 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def training_step(name: str, documents: int, length: int, dtype: torch.dtype, settings: Settings) -> Case:
     small = settings.quick
-    expected = official_step(dtype, documents, length, small)()
     # The same loss and norm of all gradients from the same weights; bf16 rounds differently on the way.
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    expected: list[float] = []
 
     def check(result: tuple[float, float]) -> str | None:
+        if not expected:  # the official step comes first and is what ours is compared with: a step takes seconds
+            expected.extend(result)
         for what, x, e in zip(("loss", "gradient norm"), result, expected, strict=True):
-            if not abs(x - e) <= tolerance * abs(e):
+            if not (math.isfinite(x) and abs(x - e) <= tolerance * abs(e)):
                 return f"{what} {x:.6f}, expected {e:.6f}"
         return None
 
     memory = partial(peak_memory, dtype=dtype, documents=documents, length=length, small=small, threads=settings.threads)
     variants = [
-        Variant("native", our_step(dtype, documents, length, small), "ours", extra=lambda: memory("ours")),
         Variant("official", official_step(dtype, documents, length, small), extra=lambda: memory("official")),
+        Variant("native", our_step(dtype, documents, length, small), "ours", extra=lambda: memory("ours")),
     ]
     shapes = {"documents": documents, "length": length, "block": BLOCK, "model": "small" if small else "bench model"}
     return Case("train", name, dtype, shapes, variants, check, true_flops(documents, length, small), None)
