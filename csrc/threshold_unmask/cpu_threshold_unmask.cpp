@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "threshold_unmask/params.h"
+#include "threshold_unmask/parts.h"
 
 #include "common/simd.h"
 
@@ -62,38 +62,74 @@ inline void each_exponent(const T* x, int64_t vocab, float top, double temperatu
   }
 }
 
-struct Best {
-  float value = -std::numeric_limits<float>::infinity();
-  int64_t index = -1;
-  bool nan = false;
-};
+constexpr int64_t kRun = 16 * kPart;  // ids of one item of work, so that one position uses several threads
+constexpr int kSumLanes = 64;         // as _LANES in reference.py: lane l of a sum takes every 64th weight; then halves are added
 
-// The largest of x[begin, end), lowest index among equals, merged into `best`.
+// e^z for z <= 0, e^-64 for anything smaller, NaN for NaN: the operations of `exponential32` in reference.py, one by one.
+inline Vec exponential(Vec z) {
+  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  z = vmax(splat(-64.f), z);
+  const Vec shifted = z * 1.44269504f + magic;
+  const Vec k = shifted - magic;
+  const Vec r = (z - k * 0.693359375f) - k * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+#pragma GCC unroll 7
+  for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.f, 1.f})
+    p = p * r + coefficient;
+  return (Vec)((VecI)p + ((VecI)shifted << 23));  // times 2^k: the low bits of `shifted` are k
+}
+
+inline bool any(VecI v) {
+  int64_t pairs[kLanes / 2], all = 0;
+  std::memcpy(pairs, &v, sizeof v);
+  for (int64_t pair : pairs) all |= pair;
+  return all != 0;
+}
+
+// Where a part holds `value` first.
 template <class T>
-void find_best(const T* x, int64_t begin, int64_t end, Best& best) {
-  constexpr int64_t kBlock = 64 * kLanes;
-  for (int64_t b = begin; b < end; b += kBlock) {
-    const int64_t n = std::min(kBlock, end - b), main = n / kLanes * kLanes;
-    Vec largest = splat(-std::numeric_limits<float>::infinity());
-    VecI nan{};
-    for (int64_t i = 0; i < main; i += kLanes) {
-      const Vec v = load(x + b + i);
-      nan |= v != v;
-      largest = vmax(v, largest);
-    }
-    float value = reduce_max(largest);
-    for (int64_t i = main; i < n; ++i) {
-      const float v = to_float(x[b + i]);
-      best.nan |= v != v;
-      value = v > value ? v : value;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) best.nan |= nan[lane] != 0;
-    if (value > best.value) {
-      best.value = value;
-      best.index = b;
-      while (to_float(x[best.index]) != value) ++best.index;
-    }
+inline int64_t find(const T* x, float value) {
+  int64_t i = 0;
+  while (i + kLanes < kPart && !any(load(x + i) == splat(value))) i += kLanes;
+  while (to_float(x[i]) != value) ++i;
+  return i;
+}
+
+template <class T>
+PartSum reduce(const T* x, int64_t n, int64_t first, int64_t mask_token_id, Best& best) {
+  constexpr float lowest = std::numeric_limits<float>::lowest(), inf = std::numeric_limits<float>::infinity();
+  if (n < kPart) {
+    float padded[kPart];
+    for (int64_t i = 0; i < kPart; ++i) padded[i] = i < n ? to_float(x[i]) : -inf;
+    return reduce(padded, kPart, first, mask_token_id, best);
   }
+  Vec largest[4] = {splat(-inf), splat(-inf), splat(-inf), splat(-inf)};
+  for (int64_t i = 0; i < kPart; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) largest[v] = vmax(load(x + i + v * kLanes), largest[v]);
+  const float max = reduce_max(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
+  const int64_t mask = mask_token_id - first;
+  if (0 <= mask && mask < kPart) {
+    for (int64_t i = 0; i < kPart; ++i)
+      if (i != mask && to_float(x[i]) > best.value) best = {to_float(x[i]), first + i};
+  } else if (max > best.value) {
+    best = {max, first + find(x, max)};
+  }
+  constexpr int kVectors = kSumLanes / kLanes;
+  const Vec shift = splat(max > lowest ? max : lowest);  // finite, if the part has no +inf
+  Vec sums[kVectors] = {};
+  for (int64_t i = 0; i < kPart; i += kSumLanes)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sums[v] += exponential(load(x + i + v * kLanes) - shift);
+  for (int half = kVectors / 2; half > 0; half /= 2)
+    for (int v = 0; v < half; ++v) sums[v] += sums[v + half];
+  float sum = reduce_add(sums[0]);
+  if (sum != sum) {  // a NaN, or +inf minus +inf
+    sum = 0;
+    for (int64_t i = 0; i < kPart; ++i)
+      if (const float v = to_float(x[i]); v != v) sum = v;
+  }
+  return {max, sum};
 }
 
 // The first two words of Philox4x32-10 as a number in [0, 1).
@@ -169,13 +205,19 @@ struct Choice {
 
 inline float ratio(double part, double whole) { return float(part / whole); }
 
-template <class T>
-Choice greedy(const T* x, int64_t vocab, const Best& best, float top) {
+Choice greedy(const PartSum* sums, int64_t parts, int64_t vocab, const Best& best, float top) {
   const double snap = grid_constant(vocab);
-  VecD sum{};
-  each_exponent(x, vocab, top, 1.0, [&](int64_t, VecD z) { sum += (exponential(z) + snap) - snap; });
+  VecD total{};
+  for (int64_t i = 0; i < parts; i += kHalf) {
+    VecD z = splat_double(0), sum{};
+    for (int64_t lane = 0; lane < std::min<int64_t>(kHalf, parts - i); ++lane) {
+      z[lane] = double(sums[i + lane].max) - double(top);
+      sum[lane] = double(sums[i + lane].sum);
+    }
+    total += (sum * exponential(z) + snap) - snap;
+  }
   // Not rounded to the grid, so that a confidence is never 0.
-  return {best.index, ratio(exponential(double(best.value) - double(top)), reduce_add(sum))};
+  return {best.index, ratio(exponential(double(best.value) - double(top)), reduce_add(total))};
 }
 
 // Of whole vectors: the scratch is 0 behind the vocabulary.
@@ -224,28 +266,34 @@ Choice sample(const ThresholdUnmaskParams& p, int64_t row, const T* x, const Bes
 }
 
 template <class T>
-void choose_tokens(const ThresholdUnmaskParams& p, const Parallel& parallel) {
-  parallel.items(p.rows * p.length, [&](ItemQueue& queue) {
+void choose_tokens(const ThresholdUnmaskParams& p, const PartSum* all_sums, const Best* all_best, int64_t runs, const Parallel& parallel) {
+  const int64_t parts = (p.vocab + kPart - 1) / kPart;
+  parallel.ranges(p.rows * p.length, p.temperature != nullptr ? 1 : 16, [&](int64_t begin, int64_t end) {
     std::vector<double> scratch;
-    for (int64_t item; queue.next(item);) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / p.length, column = item % p.length;
-      const T* x = static_cast<const T*>(p.logits) + item * p.vocab;
+      const PartSum* sums = all_sums + item * parts;
       Best best;
-      find_best(x, 0, p.mask_token_id, best);
-      find_best(x, p.mask_token_id + 1, p.vocab, best);
-      const float mask_logit = to_float(x[p.mask_token_id]), top = std::max(best.value, mask_logit);
-      const bool nan = best.nan || mask_logit != mask_logit;
-      const float inf = std::numeric_limits<float>::infinity();
+      for (int64_t i = 0; i < runs; ++i)
+        if (const Best& other = all_best[item * runs + i]; other.value > best.value) best = other;
+      constexpr float inf = std::numeric_limits<float>::infinity();
+      float top = -inf;
+      bool nan = false;
+      for (int64_t i = 0; i < parts; ++i) {
+        top = std::max(top, sums[i].max);
+        nan |= sums[i].sum != sums[i].sum;
+      }
       p.bad[item] = nan ? 'n' : top == inf ? 'i' : best.index < 0 ? 'e' : 0;
       if (p.bad[item] != 0) continue;
       Choice choice;
       if (p.temperature != nullptr && p.temperature[row] > 0) {
         scratch.resize(size_t(p.vocab + kLanes));
+        const T* x = static_cast<const T*>(p.logits) + item * p.vocab;
         const int64_t position = p.positions != nullptr ? p.positions[item] : column;
         const double uniform = philox_uniform(uint64_t(p.seed[row]), uint64_t(position), uint64_t(p.forward_index[row]));
         choice = sample(p, row, x, best, top, uniform, scratch.data());
       } else {
-        choice = greedy(x, p.vocab, best, top);
+        choice = greedy(sums, parts, p.vocab, best, top);
       }
       p.new_tokens[item] = choice.token;
       p.confidence[item] = choice.confidence;
@@ -286,14 +334,40 @@ void apply_rules(const ThresholdUnmaskParams& p, int64_t row, std::vector<int64_
   p.counts[2 * row + 1] = int32_t(edited);
 }
 
+template <class T>
+void reduce_logits(const ThresholdUnmaskParams& p, PartSum* sums, Best* best, int64_t runs, const Parallel& parallel) {
+  const int64_t parts = (p.vocab + kPart - 1) / kPart;
+  parallel.items(p.rows * p.length * runs, [&](ItemQueue& queue) {
+    for (int64_t item; queue.next(item);) {
+      const int64_t position = item / runs, begin = item % runs * kRun;
+      const T* x = static_cast<const T*>(p.logits) + position * p.vocab;
+      for (int64_t i = begin; i < std::min(p.vocab, begin + kRun); i += kPart)
+        sums[position * parts + i / kPart] = reduce(x + i, std::min(kPart, p.vocab - i), i, p.mask_token_id, best[item]);
+    }
+  });
+}
+
 }  // namespace
 
-void threshold_unmask(const ThresholdUnmaskParams& p, const Parallel& parallel) {
-  p.bf16 ? choose_tokens<bf16>(p, parallel) : choose_tokens<float>(p, parallel);
+PartSum reduce_part(const float* x, int64_t n, int64_t first, int64_t mask_token_id, Best& best) {
+  return reduce(x, n, first, mask_token_id, best);
+}
+
+void decide(const ThresholdUnmaskParams& p, const PartSum* sums, const Best* best, int64_t runs, const Parallel& parallel) {
+  p.bf16 ? choose_tokens<bf16>(p, sums, best, runs, parallel) : choose_tokens<float>(p, sums, best, runs, parallel);
   std::vector<int64_t> candidates;
   for (int64_t i = 0; i < p.rows * p.length; ++i)
     if (p.bad[i] != 0) return;
   for (int64_t row = 0; row < p.rows; ++row) apply_rules(p, row, candidates);
+}
+
+void threshold_unmask(const ThresholdUnmaskParams& p, const Parallel& parallel) {
+  const int64_t positions = p.rows * p.length, runs = (p.vocab + kRun - 1) / kRun;
+  std::vector<PartSum> sums(size_t(positions * ((p.vocab + kPart - 1) / kPart)));
+  std::vector<Best> best(size_t(positions * runs));
+  p.bf16 ? reduce_logits<bf16>(p, sums.data(), best.data(), runs, parallel)
+         : reduce_logits<float>(p, sums.data(), best.data(), runs, parallel);
+  decide(p, sums.data(), best.data(), runs, parallel);
 }
 
 }  // namespace llada::LLADA_CPU_LEVEL

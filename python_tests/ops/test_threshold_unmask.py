@@ -158,7 +158,7 @@ def test_the_real_vocabulary(dtype, sampling):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     if not sampling:
         exact = torch.softmax(logits.double(), -1).gather(-1, results[0].tokens.unsqueeze(-1)).squeeze(-1)
-        torch.testing.assert_close(results[0].confidence.double(), exact, atol=0, rtol=3e-7)
+        torch.testing.assert_close(results[0].confidence.double(), exact, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -167,7 +167,7 @@ def test_temperature_zero_takes_the_lowest_of_equal_logits_but_never_the_mask(ba
     result = threshold_unmask(logits, torch.full((1, 3), 4), 4, 0.0, backend=backend)
     assert result.tokens.tolist() == [[1, 0, 1]]
     probability = torch.softmax(logits.double(), -1)[0, [0, 1, 2], [1, 0, 1]]  # the mask token counts in the denominator
-    torch.testing.assert_close(result.confidence[0].double(), probability, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(result.confidence[0].double(), probability, atol=0, rtol=5e-7)
 
 
 @pytest.mark.parametrize("backend", NAMES)

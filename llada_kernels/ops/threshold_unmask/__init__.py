@@ -89,8 +89,9 @@ def threshold_unmask(
         forward_index: per row, int64: which forward of the row this is.
         backend: use this backend or raise; by default the first that supports the call.
 
-    Precision: exponentials and sums in fp64, rounded to a grid on which the sums are exact in any
-        order (see reference.py); confidences and comparisons in fp32.
+    Precision: at temperature 0 confidences within 1e-6 relative of the exact softmax (exponentials in
+        fp32); at temperature > 0 exponentials and sums in fp64. Both are fixed to the bit (see
+        reference.py). Comparisons in fp32.
     Determinism: the result is bitwise equal in all backends and on any number of threads. The
         random number of a position depends on (seed, position, forward_index) only, never on the
         batch.

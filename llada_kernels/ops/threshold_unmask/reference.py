@@ -1,8 +1,17 @@
 """Reference of threshold_unmask.
 
-Equal tokens in all backends need equal probabilities, so the arithmetic is fixed to the bit:
+Equal tokens in all backends need equal probabilities, so the arithmetic is fixed to the bit. At
+temperature 0, so that one pass over the logits suffices and 16 logits fit a register:
 
-- ``exp`` is a polynomial evaluated in fp64 by separate multiplications and additions (no fused ones);
+- the vocabulary is cut into parts of 1024 ids; a part's sum of exp(x - its largest logit) is taken
+  in fp32: a polynomial of separate multiplications and additions (no fused ones), summed in 64
+  lanes whose halves are then added to each other. Any SIMD width, any number of threads or CTAs
+  can do that, and a part needs nothing but its own logits;
+- a part counts its sum times exp(its largest - the largest of all), in fp64 on the grid below.
+
+At temperature > 0, where a cumulative sum is needed:
+
+- ``exp`` is a polynomial evaluated in fp64 by separate multiplications and additions;
 - each weight exp((x - max) / temperature) is rounded to a multiple of 2**-b, b chosen such that any
   sum of V weights is below 2**53 of these units. Sums of weights are then exact, hence equal in any
   order: sequential, vectorised, by threads or as a parallel scan. b is 34 at V = 157184: each
@@ -16,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._common import compute_dtype
 from ..dispatch import Backend
 
 #: Logits handled at once in fp64.
@@ -26,6 +36,13 @@ _LN2_HIGH = 6.93147180369123816490e-01  # trailing bits zero: products with smal
 _LN2_LOW = 1.90821492927058770002e-10
 _ROUND = 6755399441055744.0  # 1.5 * 2**52: adding and subtracting it rounds to an integer
 _TAYLOR = tuple(1.0 / f for f in (39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1))
+
+_PART = 1024  # ids of a part
+_LANES = 64  # of the fp32 sum over a part
+_LN2_HIGH32 = 0.693359375  # nine bits: products with integers up to 2**15 are exact
+_LN2_LOW32 = -2.12194440e-4
+_ROUND32 = 12582912.0  # 1.5 * 2**23
+_MINIMAX = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -42,6 +59,37 @@ def exponential(z: Tensor) -> Tensor:
         p = p * r + coefficient
     power = ((k.to(torch.int64) + 1023) << 52).view(torch.float64)
     return p * power
+
+
+def exponential32(z: Tensor) -> Tensor:
+    """fp32 exp(z) for z <= 0, within 2e-7 relative; exp(-64) for anything smaller."""
+    z = z.clamp(min=-64.0)
+    k = (z * 1.44269504 + _ROUND32) - _ROUND32
+    r = (z - k * _LN2_HIGH32) - k * _LN2_LOW32
+    p = torch.full_like(r, _MINIMAX[0])
+    for coefficient in _MINIMAX[1:]:
+        p = p * r + coefficient
+    power = ((k.to(torch.int32) + 127) << 23).view(torch.float32)
+    return p * power
+
+
+def sum_of_weights(x: Tensor) -> Tensor:
+    """fp64 [n]: sum of exp(x - max) over each row of x [n, V], as at temperature 0."""
+    n, vocab = x.shape
+    parts = -(-vocab // _PART)
+    x = torch.nn.functional.pad(x, (0, parts * _PART - vocab), value=-torch.inf).view(n, parts, _PART)
+    largest = x.amax(2, keepdim=True)
+    weight = exponential32((x - largest.clamp(min=torch.finfo(x.dtype).min)).float())
+    weight = weight.view(n, parts, _PART // _LANES, _LANES)
+    total = weight[:, :, 0]
+    for i in range(1, _PART // _LANES):
+        total = total + weight[:, :, i]
+    while total.shape[2] > 1:
+        low, high = total.chunk(2, dim=2)
+        total = low + high
+    largest = largest.double()
+    scale = exponential((largest - largest.amax(1, keepdim=True)).squeeze(2))
+    return to_grid(total.squeeze(2).double() * scale, vocab).sum(1)
 
 
 def to_grid(weight: Tensor, vocab: int) -> Tensor:
@@ -105,28 +153,24 @@ def _choose(
     is_mask = torch.arange(vocab, device=x.device) == mask_token_id
     best_value, best = x.masked_fill(is_mask, -torch.inf).max(1)
     bad = x.isnan().any(1) | (x == torch.inf).any(1) | (best_value == -torch.inf)
-    x = x.masked_fill(bad.unsqueeze(1), 0)
-    z = x.double() - x.double().amax(1, keepdim=True)
+    x = x.masked_fill(bad.unsqueeze(1), 0).to(compute_dtype(x))
+    top = x.double().amax(1, keepdim=True)
     choice = best.masked_fill(bad, 0)
-    if temperature is None:
-        raw = exponential(z)
-        chosen = raw.gather(1, choice.unsqueeze(1)).squeeze(1)
-        weight = to_grid(raw, vocab)
-    else:
+    # Not rounded to the grid, so that this confidence is never 0.
+    chosen = exponential((x.gather(1, choice.unsqueeze(1)).double() - top).squeeze(1))
+    confidence = chosen / sum_of_weights(x)
+    if temperature is not None:
         assert uniform is not None
         sampled = temperature > 0
-        column = sampled.unsqueeze(1)
-        raw = exponential(z / torch.where(column, temperature.unsqueeze(1), 1.0))
-        weight = to_grid(raw, vocab)
+        weight = to_grid(exponential((x.double() - top) / torch.where(sampled, temperature, 1.0).unsqueeze(1)), vocab)
         if top_k is not None or top_p is not None:
-            weight = weight.masked_fill(column & ~_kept(x, weight, top_k, top_p), 0)
+            weight = weight.masked_fill(~_kept(x, weight, top_k, top_p), 0)
         mass = weight.masked_fill(is_mask, 0).cumsum(1)
         target = uniform.unsqueeze(1) * mass[:, -1:]
-        drawn = (mass <= target).sum(1)
-        choice = torch.where(sampled & (mass[:, -1] > 0), drawn, choice)
-        # Unrounded at temperature 0, so that this confidence is never 0.
-        chosen = torch.where(column, weight, raw).gather(1, choice.unsqueeze(1)).squeeze(1)
-    confidence = chosen / weight.sum(1)
+        drawn = torch.where(mass[:, -1] > 0, (mass <= target).sum(1), choice)
+        drawn_confidence = weight.gather(1, drawn.unsqueeze(1)).squeeze(1) / weight.sum(1)
+        choice = torch.where(sampled, drawn, choice)
+        confidence = torch.where(sampled, drawn_confidence, confidence)
     return choice, confidence.float().masked_fill(bad, torch.nan), bad
 
 
