@@ -223,7 +223,7 @@ class Demo:
 
     def _show(self, text: str, prompt: list[int]) -> StepRecorder:
         """Generate from one prompt, showing the text after every forward."""
-        options = self._options(prompt, SHOWN_BLOCKS, 0.5)
+        options = self._options(prompt, SHOWN_BLOCKS, 0.7)
         tokens = [*prompt, *[self.mask_id] * options["gen_length"]]
         forward = 0
         with self.display.unmasking(text.strip()) as show:
@@ -237,7 +237,7 @@ class Demo:
                 show(text, shown, forward)
 
             recorder = StepRecorder(self.mask_id, on_step)
-            self.model.generate([prompt], **options, temperature=0.7, top_k=20, seed=self.seed, on_step=recorder)
+            self.model.generate([prompt], **options, temperature=1.0, top_k=50, seed=self.seed, on_step=recorder)
         self.generated = tokens
         return recorder
 
