@@ -1,23 +1,27 @@
+#include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "lm_loss/params.h"
 
-#include "common/gemm.h"
+#include "grouped_gemm/tiles.h"
 
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
-// Logits exist in tiles of kRows x kColumns; the vocabulary is split in a way that depends on nothing but its size, and partial
-// results are merged in order: the outcome does not depend on the number of threads.
-constexpr int64_t kRows = 32, kColumns = 64;
-constexpr int64_t kItemTokens = 256;    // forward: one item's tokens, which share the tile of weights in the cache
-constexpr int64_t kSplit = 2048;        // vocabulary of one item (forward) and of one chunk (backward)
-constexpr int64_t kChunkTokens = 1024;  // backward: gradients of kChunkTokens x kSplit logits exist at once
-constexpr int64_t kGradRows = 48, kGradColumns = 256, kGradDepth = 256;
+// Logits exist in tiles of kStepRows tokens by tile_columns() ids; the vocabulary is split in a way that depends on sizes only, and
+// partial results are merged in order: the outcome does not depend on the number of threads.
+constexpr int64_t kItemTokens = 256;      // forward: tokens of one item, which share a packed tile of lm_head
+constexpr int64_t kSplit = 2048;          // forward: ids of one item
+constexpr int64_t kMaxColumns = 256;      // wide tiles spread the cost of a row's reductions
+constexpr int64_t kPackedTile = 1 << 17;  // elements of a packed tile: half of a cache of 1 MiB in fp32
+constexpr int64_t kChunk = 1 << 21;       // backward: gradients of so many logits exist at once, of 256 to kSplit ids and all tokens
+constexpr int64_t kDepth = 512;           // backward: summed at once, so that fp32 sums of thousands stay exact enough
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t tile_columns(int64_t width) {
+  const int64_t columns = kPackedTile / (width + 1) / kTile * kTile;
+  return columns < kTile ? kTile : least(columns, kMaxColumns);
+}
 
 // The kept rows of hidden, without gaps.
 template <class T>
@@ -104,22 +108,24 @@ template <class T, bool kTempered>
 void forward(const LmLossParams& p, const Parallel& parallel) {
   const KeptRows<T> hidden(p.hidden, p.index, p.kept, p.tokens, p.width);
   const T* lm_head = static_cast<const T*>(p.lm_head);
-  const int64_t splits = ceil_div(p.vocab, kSplit), groups = ceil_div(p.kept, kItemTokens);
+  const int64_t splits = ceil_div(p.vocab, kSplit), groups = ceil_div(p.kept, kItemTokens), columns = tile_columns(p.width);
   const float inverse_temperature = 1.f / p.temperature;
   std::vector<Partial> partials(size_t(splits * p.kept));
   std::vector<float> picked(size_t(p.kept), 0.f);
   parallel.items(splits * groups, [&](ItemQueue& queue) {
-    float tile[kRows * kColumns];
+    const auto tile = scratch<float>(kStepRows * columns);
+    RightOperand<T> weights;
     for (int64_t item; queue.next(item);) {
       const int64_t split = item / groups, begin = item % groups * kItemTokens, end = least(p.kept, begin + kItemTokens);
       const int64_t last = least(p.vocab, (split + 1) * kSplit);
-      for (int64_t v = split * kSplit; v < last; v += kColumns) {
-        const int64_t n = least(kColumns, last - v);
-        for (int64_t t = begin; t < end; t += kRows) {
-          const int64_t m = least(kRows, end - t);
-          gemm_nt(hidden.rows + t * p.width, p.width, lm_head + v * p.width, p.width, m, n, p.width, tile, kColumns);
+      for (int64_t v = split * kSplit; v < last; v += columns) {
+        const int64_t n = least(columns, last - v);
+        weights.set(lm_head + v * p.width, p.width, 1, n, p.width, end - begin);
+        for (int64_t t = begin; t < end; t += kStepRows) {
+          const int64_t m = least(kStepRows, end - t);
+          weights.multiply(hidden.rows + t * p.width, p.width, m, tile.get(), columns);
           for (int64_t i = 0; i < m; ++i) {
-            const float* z = tile + i * kColumns;
+            const float* z = tile.get() + i * columns;
             add_row<kTempered>(partials[size_t(split * p.kept + t + i)], z, n, v, inverse_temperature);
             const int64_t target = p.targets[p.index[t + i]] - v;
             if (0 <= target && target < n) picked[size_t(t + i)] = z[target];
@@ -167,31 +173,43 @@ void logits_gradient(float* z, int64_t n, const TokenStatistics& s, float grad, 
   if (main < n) store_partial(z + main, derivative(load_partial(z + main, n - main)), n - main);
 }
 
-// c (+)= A * B as gemm_nn, the depth in steps: a step's rows of B stay in the cache.
+// Gradients of the logits of a chunk of ids, rounded to T, as they lie [kept, ids] and transposed [ids, kept].
 template <class T>
-void accumulate_product(const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t m, int64_t n, int64_t k, float* c,
-                        int64_t ldc) {
-  for (int64_t i = 0; i < k; i += kGradDepth)
-    gemm_nn(a + i * a_k, a_row, a_k, b + i * ldb, ldb, m, n, least(kGradDepth, k - i), c, ldc, true);
-}
+struct LogitGradients {
+  LogitGradients(int64_t kept, int64_t ids) : as_is(scratch<T>(kept * ids)), transposed(scratch<T>(kept * ids)) {}
+  std::unique_ptr<T[]> as_is, transposed;
+};
 
-// c (+)= A * B over the whole of [rows, columns], in tiles by the workers.
 template <class T>
-void parallel_product(const Parallel& parallel, const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t columns, int64_t rows,
-                      int64_t depth, float* c) {
-  const int64_t across = ceil_div(columns, kGradColumns);
-  parallel.items(ceil_div(rows, kGradRows) * across, [&](ItemQueue& queue) {
+void chunk_gradients(const LmLossBackwardParams& p, const T* hidden, int64_t v0, int64_t ids, LogitGradients<T>& out,
+                     const Parallel& parallel) {
+  const T* lm_head = static_cast<const T*>(p.lm_head) + v0 * p.width;
+  const int64_t columns = tile_columns(p.width), across = ceil_div(ids, columns);
+  const float inverse_temperature = 1.f / p.temperature;
+  parallel.items(across * ceil_div(p.kept, kItemTokens), [&](ItemQueue& queue) {
+    const auto tile = scratch<float>(kStepRows * columns);
+    RightOperand<T> weights;
     for (int64_t item; queue.next(item);) {
-      const int64_t row = item / across * kGradRows, column = item % across * kGradColumns;
-      accumulate_product(a + row * a_row, a_row, a_k, b + column, columns, least(kGradRows, rows - row),
-                         least(kGradColumns, columns - column), depth, c + row * columns + column, columns);
+      const int64_t c = item % across * columns, n = least(columns, ids - c);
+      const int64_t begin = item / across * kItemTokens, end = least(p.kept, begin + kItemTokens);
+      weights.set(lm_head + c * p.width, p.width, 1, n, p.width, end - begin);
+      for (int64_t t = begin; t < end; t += kStepRows) {
+        const int64_t m = least(kStepRows, end - t);
+        weights.multiply(hidden + t * p.width, p.width, m, tile.get(), columns);
+        for (int64_t i = 0; i < m; ++i) {
+          float* z = tile.get() + i * columns;
+          const int64_t token = p.index[t + i], target = p.targets[token] - v0 - c;
+          const float grad = p.grad_cross_entropy[t + i], grad_entropy = p.grad_entropy != nullptr ? p.grad_entropy[t + i] : 0.f;
+          logits_gradient(z, n, p.statistics[token], grad, grad_entropy, inverse_temperature);
+          if (0 <= target && target < n) z[target] -= grad;
+        }
+        T* rows = out.as_is.get() + t * ids + c;
+        store_tile(tile.get(), columns, m, n, rows, ids);
+        if (p.grad_lm_head != nullptr)
+          transpose_rows([&](int64_t i) { return rows + i * ids; }, m, n, out.transposed.get() + c * p.kept + t, p.kept);
+      }
     }
   });
-}
-
-template <class T>
-void round_row(const float* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
 }
 
 // Chunk by chunk: the gradients of the chunk's logits, then their products with lm_head and with hidden. Every element of a result
@@ -200,47 +218,41 @@ template <class T>
 void backward(const LmLossBackwardParams& p, const Parallel& parallel) {
   const KeptRows<T> hidden(p.hidden, p.index, p.kept, p.tokens, p.width);
   const T* lm_head = static_cast<const T*>(p.lm_head);
-  const int64_t width = p.width, chunk_tokens = least(kChunkTokens, p.kept), chunk_vocab = least(kSplit, p.vocab);
-  const float inverse_temperature = 1.f / p.temperature;
-  std::vector<float> grad_logits(size_t(chunk_tokens * chunk_vocab));
-  std::vector<float> grad_rows(p.grad_hidden != nullptr ? size_t(p.kept * width) : 0, 0.f);
-  constexpr bool kDirect = std::is_same_v<T, float>;  // lm_head's gradient is summed where it belongs
-  std::vector<float> sums(p.grad_lm_head != nullptr && !kDirect ? size_t(chunk_vocab * width) : 0);
-  for (int64_t v0 = 0; v0 < p.vocab; v0 += chunk_vocab) {
-    const int64_t columns = least(chunk_vocab, p.vocab - v0);
-    T* const grad_lm_head = static_cast<T*>(p.grad_lm_head) + (p.grad_lm_head != nullptr ? v0 * width : 0);
-    float* const head_sums = kDirect ? reinterpret_cast<float*>(grad_lm_head) : sums.data();
-    if (p.grad_lm_head != nullptr) std::memset(head_sums, 0, size_t(columns * width) * sizeof(float));
-    for (int64_t t0 = 0; t0 < p.kept; t0 += chunk_tokens) {
-      const int64_t tokens = least(chunk_tokens, p.kept - t0), across = ceil_div(columns, kColumns);
-      parallel.items(ceil_div(tokens, kRows) * across, [&](ItemQueue& queue) {
-        for (int64_t item; queue.next(item);) {
-          const int64_t t = t0 + item / across * kRows, m = least(kRows, t0 + tokens - t);
-          const int64_t c = item % across * kColumns, n = least(kColumns, columns - c);
-          float* z = grad_logits.data() + (t - t0) * columns + c;
-          gemm_nt(hidden.rows + t * width, width, lm_head + (v0 + c) * width, width, m, n, width, z, columns);
-          for (int64_t i = 0; i < m; ++i) {
-            const int64_t token = p.index[t + i], target = p.targets[token] - v0 - c;
-            const float grad = p.grad_cross_entropy[t + i], grad_entropy = p.grad_entropy != nullptr ? p.grad_entropy[t + i] : 0.f;
-            logits_gradient(z + i * columns, n, p.statistics[token], grad, grad_entropy, inverse_temperature);
-            if (0 <= target && target < n) z[i * columns + target] -= grad;
+  const int64_t width = p.width, kept = p.kept;
+  const int64_t chunk = least(p.vocab, least(kSplit, std::max(kMaxColumns, kChunk / (kept + 1) / kTile * kTile)));
+  std::vector<float> grad_rows(p.grad_hidden != nullptr ? size_t(kept * width) : 0, 0.f);
+  LogitGradients<T> gradients(kept, chunk);
+  const int64_t tiles = ceil_div(width, kTile), tiles_hidden = p.grad_hidden != nullptr ? tiles : 0;
+  for (int64_t v0 = 0; v0 < p.vocab; v0 += chunk) {
+    const int64_t ids = least(chunk, p.vocab - v0);
+    chunk_gradients(p, hidden.rows, v0, ids, gradients, parallel);
+    parallel.items(tiles_hidden + (p.grad_lm_head != nullptr ? tiles : 0), [&](ItemQueue& queue) {
+      const auto sums = scratch<float>(p.grad_lm_head != nullptr ? ids * kTile : 0);
+      RightOperand<T> operand;
+      for (int64_t item; queue.next(item);) {
+        if (item < tiles_hidden) {
+          const int64_t column = item * kTile;
+          for (int64_t c = 0; c < ids; c += kDepth) {
+            operand.set(lm_head + (v0 + c) * width + column, 1, width, least(kTile, width - column), least(kDepth, ids - c), kept);
+            operand.multiply(gradients.as_is.get() + c, ids, kept, grad_rows.data() + column, width, true);
           }
+          continue;
         }
-      });
-      const float* z = grad_logits.data();
-      if (p.grad_hidden != nullptr)
-        parallel_product(parallel, z, columns, 1, lm_head + v0 * width, width, tokens, columns, grad_rows.data() + t0 * width);
-      if (p.grad_lm_head != nullptr) parallel_product(parallel, z, 1, columns, hidden.rows + t0 * width, width, columns, tokens, head_sums);
-    }
-    if (p.grad_lm_head != nullptr && !kDirect)
-      parallel.ranges(columns, 32768 / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-        round_row(head_sums + begin * width, grad_lm_head + begin * width, (end - begin) * width);
-      });
+        const int64_t column = (item - tiles_hidden) * kTile, n = least(kTile, width - column);
+        if (kept == 0) std::fill(sums.get(), sums.get() + ids * kTile, 0.f);
+        for (int64_t t = 0; t < kept; t += kDepth) {
+          operand.set(hidden.rows + t * width + column, 1, width, n, least(kDepth, kept - t), ids);
+          operand.multiply(gradients.transposed.get() + t, kept, ids, sums.get(), kTile, t > 0);
+        }
+        store_tile(sums.get(), kTile, ids, n, static_cast<T*>(p.grad_lm_head) + v0 * width + column, width);
+      }
+    });
   }
   if (p.grad_hidden == nullptr) return;
   T* grad_hidden = static_cast<T*>(p.grad_hidden);
-  parallel.ranges(p.kept, 32768 / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) round_row(grad_rows.data() + i * width, grad_hidden + p.index[i] * width, width);
+  parallel.ranges(kept, 32768 / (width + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      store_tile(grad_rows.data() + i * width, width, 1, width, grad_hidden + p.index[i] * width, width);
   });
 }
 

@@ -59,7 +59,8 @@ def lm_loss(
         backend: use this backend or raise; by default the first that supports the call.
 
     Precision: logits, probabilities and sums in fp32 (fp64 for fp64 inputs), gradients
-        accumulated in fp32 and rounded once. Logits are not rounded to bf16.
+        accumulated in fp32 and rounded once. Logits are not rounded to bf16; native rounds the
+        gradients of bf16 logits to bf16, as autograd does, before it multiplies them.
     Determinism: native: bitwise, on any number of threads; reference: that of torch.matmul.
 
     Returns:
