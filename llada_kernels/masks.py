@@ -187,6 +187,8 @@ class DiffusionMask:
         Raises:
             ValueError: ``dense`` has another shape or dtype.
         """
+        if not isinstance(dense, Tensor):
+            raise TypeError(f"dense: expected a torch.Tensor, got {type(dense).__name__}")
         if dense.dtype != torch.bool or dense.dim() not in (2, 3):
             raise ValueError(f"dense: expected a bool tensor [Tq, Tk] or [B, Sq, Sk], got {dense.dtype} {list(dense.shape)}")
         device = dense.device
@@ -264,7 +266,8 @@ class DiffusionMask:
             _positive("block_m", block_m), _positive("block_n", block_n)
             rows = None if self.cu_query_lens is None else self.cu_query_lens.cpu().numpy().astype(np.int64)
             context, own = self.context.cpu().numpy(), self.own.cpu().numpy()
-            plan = build_plan(context, own, rows, self.num_keys, block_m, block_n).to(self.device)
+            with torch.inference_mode(False):  # as the mask's own tensors
+                plan = build_plan(context, own, rows, self.num_keys, block_m, block_n).to(self.device)
             self._plans[block_m, block_n] = plan
         return plan
 
@@ -274,8 +277,9 @@ class DiffusionMask:
         if target == self.device:
             return self
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        moved: dict[str, Any] = {name: value.to(target) for name, value in tensors.items()}
-        return replace(self, **moved, _plans={sizes: plan.to(target) for sizes, plan in self._plans.items()})
+        with torch.inference_mode(False):
+            moved: dict[str, Any] = {name: value.to(target) for name, value in tensors.items()}
+            return replace(self, **moved, _plans={sizes: plan.to(target) for sizes, plan in self._plans.items()})
 
     def _num_cached(self) -> int:
         return 0 if self.context_lens is None else int(self.context_lens.sum())
@@ -313,7 +317,8 @@ def _intervals(context: _Ints, own: _Ints, device: torch.device) -> tuple[Tensor
 
 
 def _tensor(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device)
+    with torch.inference_mode(False):  # a mask made during inference may be kept and trained with later
+        return torch.from_numpy(values).to(device)
 
 
 def _positive(name: str, value: int) -> int:
@@ -358,6 +363,8 @@ def _cu_seqlens(cu_seqlens: Lengths, num_tokens: int | None) -> tuple[_Ints, tor
     if (np.diff(cu) < 0).any():
         at = int(np.flatnonzero(np.diff(cu) < 0)[0])
         raise ValueError(f"cu_seqlens: expected values that never fall, got {int(cu[at])} then {int(cu[at + 1])} at index {at + 1}")
+    if cu[-1] >= 2**31:
+        raise ValueError(f"cu_seqlens: expected fewer than 2^31 tokens, got {int(cu[-1])}")
     if num_tokens is not None and cu[-1] != num_tokens:
         raise ValueError(f"cu_seqlens: expected to end at the number of tokens {num_tokens}, got {int(cu[-1])}")
     return cu, device

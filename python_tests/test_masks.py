@@ -1,6 +1,7 @@
 """Masks against direct transcriptions of the LLaDA2.0 report (Eq. 3: block diffusion, Eq. 4: full attention), golden masks, tile plans."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +282,19 @@ BAD = [
 def test_errors_name_argument_expected_and_got(error, text, call):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("make", [lambda: DiffusionMask.causal([0, 5]), lambda: DiffusionMask.cached([4], [3], 2).to("cpu")])
+def test_a_mask_made_in_inference_mode_can_be_trained_with(make):
+    with torch.inference_mode():
+        mask = make()
+        other = mask.tile_plan(4)
+    tensors = [getattr(part, f.name) for part in (mask, mask.tile_plan(), other) for f in fields(part)]
+    assert not [t for t in tensors if isinstance(t, torch.Tensor) and t.is_inference()]
+
+
+def test_lengths_that_int32_cannot_count():
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected fewer than 2\^31 tokens, got 4611686018427387904"):
+        DiffusionMask.causal([0, 2**62])
+    with pytest.raises(TypeError, match="dense: expected a torch.Tensor, got list"):
+        DiffusionMask.from_dense([[True]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -43,6 +44,8 @@ def test_one_name_in_every_place(op):
     assert (ROOT / "csrc" / op / f"cpu_{op}.cpp").exists()
     assert (ROOT / "csrc" / "bindings" / f"{op}.cpp").exists()
     assert op in OPS
+    assert (ROOT / "llada_kernels" / "ops" / op).is_dir() or (ROOT / "llada_kernels" / "ops" / f"{op}.py").exists()
+    assert (ROOT / "bench" / f"bench_{op}.py").exists()
     assert (ROOT / "python_tests" / "ops" / f"test_{op}.py").exists()
 
 
@@ -74,6 +77,8 @@ def test_public_names_exist():
     from llada_kernels import generation, ops, training
 
     for module in (llada_kernels, ops, generation, training):
-        assert module.__all__ == sorted(module.__all__, key=str.lower) or set(module.__all__)
+        assert len(set(module.__all__)) == len(module.__all__)
         for name in module.__all__:
             assert getattr(module, name) is not None
+    for op in OPS:
+        assert op in ops.__all__ and inspect.isfunction(getattr(ops, op)), f"{op} is not exported from llada_kernels.ops"

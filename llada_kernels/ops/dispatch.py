@@ -91,7 +91,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Raises:
         ValueError: there is no op of that name.
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     try:
         module = importlib.import_module(f"llada_kernels.ops.{name}")
         backends: tuple[Backend, ...] = module.BACKENDS

@@ -50,7 +50,8 @@ def _native_supports(x: Tensor, weight: Tensor, eps: float) -> str | None:
 
 
 def _native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y, _ = torch.ops.llada_kernels.rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
+    rows = x.numel() // max(x.shape[-1], 1)
+    y, _ = torch.ops.llada_kernels.rms_norm(x.reshape(rows, x.shape[-1]).contiguous(), weight.contiguous(), eps)
     return y.view(x.shape)
 
 

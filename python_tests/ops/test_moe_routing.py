@@ -255,3 +255,8 @@ def test_errors():
     with pytest.raises(ValueError, match=r"topk_ids: expected values in \[0, 12\), got 12"):
         backward = torch.ops.llada_kernels.moe_routing_backward
         backward(torch.zeros(4, 1), logits, torch.full((4, 1), 12, dtype=torch.int32), 1.0, False, True)
+
+
+def test_counts_must_be_ints():
+    with pytest.raises(TypeError, match="top_k: expected an int, got float"):
+        moe_routing(torch.randn(2, 8), None, 2.0)

@@ -18,7 +18,7 @@ def plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 33), (300, 64), (7, 2048), (0, 8)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 33), (300, 64), (7, 2048), (0, 8), (3, 0)])
 def test_values_and_gradients(backend, dtype, shape):
     x, weight, grad = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype), torch.randn(shape, dtype=dtype)
     results = []

@@ -59,7 +59,7 @@ def moe_routing(
     Precision: fp32 throughout. Determinism: bitwise, independent of the number of threads.
 
     Raises:
-        TypeError: an argument is not a tensor where one is expected.
+        TypeError: an argument is not a tensor or an int where one is expected.
         ValueError: a wrong shape, dtype or device; numbers of experts, groups and choices that do
             not fit together.
     """
@@ -71,6 +71,9 @@ def moe_routing(
         check_tensor("expert_bias", expert_bias, 1, (torch.float32, torch.float64))
         check_shape("expert_bias", expert_bias, experts)
         check_same("expert_bias", expert_bias, "logits", logits, dtype=False)
+    for name, number in (("top_k", top_k), ("n_group", n_group), ("topk_group", topk_group)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name}: expected an int, got {type(number).__name__}")
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k: expected 1 to {experts} (the number of experts), got {top_k}")
     if score not in ("sigmoid", "softmax"):
