@@ -20,6 +20,7 @@ OPERATORS = (
     "cpu_level",
     "grouped_gemm",
     "grouped_gemm_backward",
+    "lm_head_unmask",
     "lm_loss",
     "lm_loss_backward",
     "moe_mlp",

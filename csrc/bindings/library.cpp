@@ -11,6 +11,9 @@ STABLE_TORCH_LIBRARY(llada_kernels, m) {
       "threshold_unmask(Tensor logits, Tensor tokens, int mask_token_id, Tensor threshold, Tensor? editing_threshold, "
       "Tensor min_unmask, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? seed, Tensor? editable, Tensor? positions, "
       "Tensor? forward_index) -> (Tensor new_tokens, Tensor confidence, Tensor counts)");
+  m.def(
+      "lm_head_unmask(Tensor hidden, Tensor lm_head, Tensor tokens, int mask_token_id, Tensor threshold, Tensor? editing_threshold, "
+      "Tensor min_unmask, Tensor? editable) -> (Tensor new_tokens, Tensor confidence, Tensor counts)");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad_y, Tensor gate_up) -> Tensor");
   m.def(

@@ -4,6 +4,7 @@ from .block_attention import block_attention
 from .cached_block_attention import cached_block_attention
 from .dispatch import explain, use_backend
 from .grouped_gemm import grouped_gemm
+from .lm_head_unmask import lm_head_unmask
 from .lm_loss import LMLoss, lm_loss
 from .moe_mlp import moe_mlp
 from .moe_routing import Routing, moe_routing
@@ -19,6 +20,7 @@ __all__ = [
     "cached_block_attention",
     "explain",
     "grouped_gemm",
+    "lm_head_unmask",
     "lm_loss",
     "moe_mlp",
     "moe_routing",

@@ -1,0 +1,69 @@
+"""Native CPU backend of lm_head_unmask: csrc/lm_head_unmask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _library
+from .._common import native_reason
+from ..dispatch import Backend
+
+
+def _supports(
+    hidden: Tensor,
+    lm_head: Tensor,
+    tokens: Tensor,
+    mask_token_id: int,
+    threshold: Tensor,
+    editing_threshold: Tensor | None,
+    min_unmask: Tensor,
+    temperature: Tensor | None,
+    *_: object,
+) -> str | None:
+    if temperature is not None:
+        return "native draws no tokens, which needs the logits twice: temperature must be the number 0"
+    return native_reason(hidden, lm_head, tokens)
+
+
+def _native(
+    hidden: Tensor,
+    lm_head: Tensor,
+    tokens: Tensor,
+    mask_token_id: int,
+    threshold: Tensor,
+    editing_threshold: Tensor | None,
+    min_unmask: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    seed: Tensor | None,
+    editable: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.lm_head_unmask(
+        hidden.detach().contiguous(),
+        lm_head.detach().contiguous(),
+        tokens.contiguous(),
+        mask_token_id,
+        threshold.contiguous(),
+        None if editing_threshold is None else editing_threshold.contiguous(),
+        min_unmask.contiguous(),
+        None if editable is None else editable.contiguous(),
+    )
+    return result
+
+
+if _library.load_error is None:
+
+    @torch.library.register_fake("llada_kernels::lm_head_unmask")
+    def _fake(hidden, lm_head, tokens, *_):  # type: ignore[no-untyped-def]
+        rows, length = tokens.shape
+        return (
+            torch.empty_like(tokens),
+            tokens.new_empty((rows, length), dtype=torch.float32),
+            tokens.new_empty((rows, 2), dtype=torch.int32),
+        )
+
+
+BACKEND = Backend("native", _supports, _native)

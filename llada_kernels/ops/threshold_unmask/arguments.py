@@ -1,0 +1,143 @@
+"""Arguments and results that :func:`threshold_unmask` and :func:`lm_head_unmask` have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._common import check_same, check_shape, check_tensor
+
+PerRow = float | int | Sequence[float] | Sequence[int] | Tensor
+
+
+class Unmasked(NamedTuple):
+    """What :func:`threshold_unmask` returns.
+
+    Attributes:
+        tokens: [R, L] int64: the tokens after the step.
+        confidence: [R, L] fp32: confidence in the chosen token of *every* position.
+        counts: [R, 2] int32: how many positions were unmasked and how many edited; (-1, -1) marks a
+            row with bad logits where raising would cost a synchronisation (GPU, torch.compile).
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    counts: Tensor
+
+
+def rule_arguments(
+    name: str,
+    x: Tensor,
+    vocab: int,
+    tokens: Tensor,
+    mask_token_id: int,
+    threshold: PerRow,
+    editing_threshold: PerRow | None,
+    min_unmask: PerRow,
+    temperature: PerRow,
+    top_k: PerRow | None,
+    top_p: PerRow | None,
+    seed: PerRow | None,
+    editable: Tensor | None,
+    positions: Tensor | None,
+    forward_index: PerRow,
+) -> tuple[Any, ...]:
+    """The checked arguments of a backend behind ``x`` [R, L, ...], the tensor called ``name``: per row, off as None."""
+    rows, length, _ = x.shape
+    check_tensor("tokens", tokens, 2, (torch.int64,))
+    check_shape("tokens", tokens, rows, length)
+    check_same("tokens", tokens, name, x, dtype=False)
+    if not 0 <= mask_token_id < vocab:
+        raise ValueError(f"mask_token_id: expected an id in [0, {vocab}), got {mask_token_id}")
+    if vocab < 2:
+        raise ValueError(f"{name}: expected at least 2 ids in the vocabulary, got {vocab}")
+    for other, y, dtype in (("editable", editable, torch.bool), ("positions", positions, torch.int64)):
+        if y is not None:
+            check_tensor(other, y, 2, (dtype,))
+            check_shape(other, y, rows, length)
+            check_same(other, y, name, x, dtype=False)
+
+    def per_row(name: str, value: PerRow, dtype: torch.dtype, low: float, high: float) -> Tensor:
+        return _per_row(name, value, dtype, low, high, rows, x.device)
+
+    inf = math.inf
+    low = -inf if isinstance(editing_threshold, Tensor | Sequence) else 0.0
+    editing = None
+    if editing_threshold is not None:
+        editing = per_row("editing_threshold", editing_threshold, torch.float32, low, 1)
+    sampling = not _is_number(temperature, 0)
+    if seed is None:
+        seed = torch.randint(0, 2**63 - 1, (1,)).to(x.device).expand(rows) if sampling else 0
+    if not sampling or (top_k is not None and _is_number(top_k, 0)):
+        top_k = None
+    if not sampling or (top_p is not None and _is_number(top_p, 1)):
+        top_p = None
+    return (
+        tokens,
+        int(mask_token_id),
+        per_row("threshold", threshold, torch.float32, 0, 1),
+        editing,
+        per_row("min_unmask", min_unmask, torch.int64, 0, inf),
+        per_row("temperature", temperature, torch.float64, 0, inf) if sampling else None,
+        None if top_k is None else per_row("top_k", top_k, torch.int64, 0, inf),
+        None if top_p is None else per_row("top_p", top_p, torch.float64, 0, 1),
+        per_row("seed", seed, torch.int64, 0, inf) if sampling else None,
+        editable,
+        positions,
+        per_row("forward_index", forward_index, torch.int64, -inf, inf) if sampling else None,
+    )
+
+
+def _is_number(value: PerRow, number: float) -> bool:
+    return isinstance(value, int | float) and value == number
+
+
+def _per_row(
+    name: str,
+    value: PerRow,
+    dtype: torch.dtype,
+    low: float,
+    high: float,
+    rows: int,
+    device: torch.device,
+) -> Tensor:
+    """``value`` as a tensor [rows], its range checked where that costs no synchronisation."""
+    integral = dtype == torch.int64
+    if isinstance(value, bool | str) or not isinstance(value, int | float | Sequence | Tensor):
+        raise TypeError(f"{name}: expected a number or one per row, got {type(value).__name__}")
+    given: list[float] | None = None
+    if isinstance(value, int | float):
+        given = [value]
+        result = torch.full((rows,), value, dtype=dtype, device=device) if _whole(value, integral) \
+            else torch.empty(0)  # fmt: skip
+    elif isinstance(value, Tensor):
+        if value.ndim == 0:
+            value = value.expand(rows)
+        if integral and (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}")
+        check_shape(name, value, rows)
+        result = value.to(device=device, dtype=dtype)
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            given = value.tolist()
+    else:
+        given = list(value)
+        if len(given) != rows:
+            raise ValueError(f"{name}: expected one number per row ({rows}), got {len(given)}")
+        result = torch.tensor(given, dtype=dtype, device=device) if all(
+            _whole(v, integral) for v in given
+        ) else torch.empty(0)  # fmt: skip
+    for v in given or ():
+        if not _whole(v, integral):
+            raise ValueError(f"{name}: expected integers, got {v}")
+        if not low <= v <= high or v in (math.inf, -math.inf):
+            span = f"in [{low}, {high}]" if high < math.inf else f"at least {low} and finite"
+            raise ValueError(f"{name}: expected numbers {span}, got {v}")
+    return result
+
+
+def _whole(value: float, integral: bool) -> bool:
+    return not integral or isinstance(value, int)
