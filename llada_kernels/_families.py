@@ -50,7 +50,7 @@ def family_of(values: Mapping[str, Any]) -> str:
 
 
 class _Reader:
-    """Typed access to the keys of config.json. None in the file counts as missing, as in the official classes."""
+    """Typed access to the keys of config.json. null counts as missing, except for token ids: there it means none."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = dict(values)
@@ -79,10 +79,12 @@ class _Reader:
         return value
 
     def token(self, key: str, default: int, vocab_size: int) -> int | None:
-        """A token id; of a list the first. A default outside the vocabulary is None, a value there is an error."""
-        value = self.values.get(key)
-        if value is None:
+        """A token id; of a list the first. null is None; without the key the default, or None where it is outside the vocabulary."""
+        if key not in self.values:
             return default if default < vocab_size else None
+        value = self.values[key]
+        if value is None:
+            return None
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
@@ -92,7 +94,8 @@ class _Reader:
     def only(self, key: str, *allowed: Any) -> None:
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise ValueError(f"{key}: expected {' or '.join(map(repr, allowed))} (nothing else is supported), got {_shown(value)}")
+            expected = " or ".join(map(repr, allowed)) or "null or no such key"
+            raise ValueError(f"{key}: expected {expected} (nothing else is supported), got {_shown(value)}")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
@@ -220,7 +223,7 @@ def write_fields(c: Config) -> dict[str, Any]:
     )
     keys |= {key: getattr(c, key) for key in same.split()}
     keys["partial_rotary_factor"] = factor
-    keys |= {k: v for k in ("pad_token_id", "mask_token_id", "eos_token_id") if (v := getattr(c, k)) is not None}
+    keys |= {key: getattr(c, key) for key in ("pad_token_id", "mask_token_id", "eos_token_id")}
     if c.family == "lladamoe":
         return keys | {
             "dense_intermediate_size": c.intermediate_size,

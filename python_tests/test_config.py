@@ -123,6 +123,20 @@ def test_round_trip_keeps_unknown_keys(values):
     assert Config.from_dict(json.loads(json.dumps(fresh.to_dict()))) == fresh
 
 
+@pytest.mark.parametrize("key", ["pad_token_id", "mask_token_id", "eos_token_id"])
+@pytest.mark.parametrize("values", [MINI, MINI | {"pad_token_id": 316, "mask_token_id": 317, "eos_token_id": 318}, LING, LLADAMOE])
+def test_a_token_id_that_is_taken_away_stays_away(values, key):
+    """Whether config.json named it or the family's default stood in: null means none, a missing key the default."""
+    before = Config.from_dict(values)
+    changed = replace(before, **{key: None})
+    again = Config.from_dict(json.loads(json.dumps(changed.to_dict())))
+    assert getattr(again, key) is None and again == changed
+    assert Config.from_dict(replace(again, **{key: 5}).to_dict()) == replace(before, **{key: 5})
+    fresh = replace(changed, raw={})
+    assert Config.from_dict(fresh.to_dict()) == fresh
+    assert getattr(Config.from_dict(without(MINI, key)), key) in (126081, 156895, 156892)
+
+
 @pytest.mark.parametrize("case", sorted(p.parent.name for p in GOLDEN.glob("*/model.safetensors")))
 def test_golden_configs_round_trip(case):
     values = json.loads((GOLDEN / case / "config.json").read_text())
@@ -178,6 +192,7 @@ def test_as_diffusion():
         ({"mask_token_id": -1}, "mask_token_id: expected a token id"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu' .* got 'gelu'"),
         ({"norm_head": True}, "norm_head: expected False"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config: expected null or no such key \(.*\), got {'bits': 4} \(dict\)"),
         ({"score_function": "softmax"}, "score_function: expected 'sigmoid'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling: expected null or the rope type 'default'"),
         ({"expert_capacity": 48}, "expert_capacity: .*LLaDA2.2.* got 48"),
