@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointError", "LoadReport", "load", "save"]
 
-GENERATION_CONFIG_NAME = "generation_config.json"
+CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
@@ -66,6 +66,7 @@ def load(
     """Build a model from an official checkpoint; see :meth:`llada_kernels.Model.from_pretrained`."""
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
+    target = _device(device)
     directory = _resolve(path, revision)
     config = Config.from_pretrained(directory)
     generation = directory / GENERATION_CONFIG_NAME
@@ -82,7 +83,7 @@ def load(
     with torch.device("meta"):
         model = model_class(config, dtype=model_dtype)
     _keep_router_dtypes(model, tensors, slots)
-    model.to_empty(device=torch.device("cpu") if device is None else torch.device(device))
+    model.to_empty(device=target)
     state = model.state_dict()
     for bias in set(state) - {slot.parameter for name, slot in slots.items() if name in tensors}:
         state[bias].zero_()  # only an expert bias may be absent, where the configuration says that it is off
@@ -91,6 +92,17 @@ def load(
     model.load_report = LoadReport(tuple(dropped), tuple(converted))
     model.generation_config = generation_config
     return model.eval()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The device, tried out before anything is read."""
+    try:
+        target = torch.device("cpu") if device is None else torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected None or a device that PyTorch can use here, got {device!r}: {reason}") from error
+    return target
 
 
 def _resolve(path: str | os.PathLike[str], revision: str | None) -> Path:
@@ -168,6 +180,8 @@ def save(model: Model, path: str | os.PathLike[str], layout: str = "per_expert",
     directory = Path(path).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"path: expected a directory, got the file {directory}")
+    config_values = _config_dict(model, layout)
+    _refuse_other_config(directory, config_values)
     directory.mkdir(parents=True, exist_ok=True)
     for left_over in directory.glob(f".*{PARTIAL_SUFFIX}"):
         left_over.unlink(missing_ok=True)
@@ -187,14 +201,15 @@ def save(model: Model, path: str | os.PathLike[str], layout: str = "per_expert",
             total = sum(t.numel() * t.element_size() for t in tensors.values())
             weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             _write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        config = partials.enter_context(_partial(directory / "config.json"))
-        _write_json(config, _config_dict(model, layout))
+        config = partials.enter_context(_partial(directory / CONFIG_NAME))
+        _write_json(config, config_values)
         generation = partials.enter_context(_partial(directory / GENERATION_CONFIG_NAME))
         if model.generation_config:
             _write_json(generation, model.generation_config)
 
         # All is on the disk; only renames are left. Shards have names that nothing refers to yet, so what was there before
-        # stays loadable until one rename, of the index or of the single file, puts the new checkpoint in its place.
+        # stays loadable until one rename, of the index or of the single file, puts the new checkpoint in its place. A config.json
+        # that is there already says the same; generation_config.json, mere defaults of `generate`, follows last.
         for file, name in zip(written, names, strict=True):
             replace_file(file, directory / name)
         if len(shards) > 1:
@@ -202,12 +217,31 @@ def save(model: Model, path: str | os.PathLike[str], layout: str = "per_expert",
         else:
             (directory / INDEX_NAME).unlink(missing_ok=True)
             sync_directory(directory)
-        replace_file(config, directory / "config.json")
+        replace_file(config, directory / CONFIG_NAME)
         if model.generation_config:
             replace_file(generation, directory / GENERATION_CONFIG_NAME)
+        else:
+            (directory / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+            sync_directory(directory)
     for old in before:
         if old.name not in names:
             old.unlink(missing_ok=True)
+
+
+def _refuse_other_config(directory: Path, values: dict[str, Any]) -> None:
+    """Weights and config.json cannot be replaced in one instant: a crash between them would leave a checkpoint that loads, but
+    as another model. So a checkpoint is only ever overwritten by one of the same config.json."""
+    try:
+        before = read_json_object(directory / CONFIG_NAME)
+    except ValueError:
+        return  # none, or one that nothing can load
+    missing = object()
+    after = json.loads(json.dumps(values))
+    if changed := sorted(key for key in before | after if before.get(key, missing) != after.get(key, missing)):
+        raise ValueError(
+            f"path: expected an empty directory or a checkpoint of the same configuration, got {directory}, whose {CONFIG_NAME} differs "
+            f"in {', '.join(changed)}: save to another directory, or remove that checkpoint first"
+        )
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -129,15 +129,17 @@ class Model(nn.Module):
         """Write an official checkpoint; :meth:`from_pretrained` reads it back bitwise.
 
         Files get their names only when all of them are complete and synced. A checkpoint that was in the directory before can
-        still be loaded if this is interrupted or the disk fills up.
+        still be loaded if this is interrupted or the disk fills up. Weights and configuration cannot be replaced in one
+        instant, so one whose config.json would change (another family, layout or dtype) is not overwritten.
 
         Args:
-            path: a directory; made if it does not exist.
+            path: a directory; made if it does not exist. Empty, or with a checkpoint of the same configuration.
             layout: "per_expert" (one tensor per expert, as released) or "merged" (experts stacked, as the official trainer).
             max_shard_size: bytes, or a text such as "5GB" or "200MiB".
 
         Raises:
-            ValueError: an unknown layout, a size that is none, ``path`` is a file.
+            ValueError: an unknown layout, a size that is none, ``path`` is a file or holds a checkpoint of another
+                configuration.
             OSError: the files cannot be written.
         """
         hub.save(self, path, layout, max_shard_size)

@@ -97,6 +97,14 @@ def test_dtypes():
         Model.from_pretrained(source, dtype="bf16")
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:999", 1.5])
+def test_a_device_that_is_none_is_named(device, monkeypatch):
+    monkeypatch.setattr(hub, "find_tensors", lambda *a: pytest.fail("the checkpoint was read first"))
+    message = f"device: expected None or a device that PyTorch can use here, got {device!r}: "
+    with pytest.raises(ValueError, match=message):
+        Model.from_pretrained(LLADA2.parent, device=device)
+
+
 def test_router_and_bias_are_never_narrowed(tmp_path):
     tensors = {k: v if "mlp.gate." in k else v.bfloat16() for k, v in load_file(LLADA2).items()}
     folder = checkpoint(tmp_path / "c", tensors)
@@ -246,6 +254,71 @@ def test_every_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch,
     assert outcomes[0] == "old" and outcomes[-1] == "new" and outcomes == sorted(outcomes, reverse=True)
     m.save_pretrained(tmp_path / "work", max_shard_size=second)
     assert not [f for f in (tmp_path / "work").iterdir() if f.name.startswith(".")], "what a kill left behind is cleaned up"
+
+
+def test_a_checkpoint_of_another_configuration_is_not_overwritten(tmp_path, monkeypatch):
+    """Weights and config.json are two files: between their renames the weights of the one would load as the other."""
+    parent = Model.from_pretrained(ling(tmp_path))
+    parent.save_pretrained(tmp_path / "saved")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(parent, "config", parent.config.as_diffusion(mask_token_id=319))
+        with pytest.raises(ValueError, match=r"path: expected an empty directory or .*, got .*saved, whose config.json differs in arch"):
+            parent.save_pretrained(tmp_path / "saved")
+        with pytest.raises(ValueError, match="differs in torch_dtype: save to another directory"):
+            Model.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+        assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()} == before
+        (tmp_path / "saved" / "config.json").unlink()  # no checkpoint any more
+        parent.save_pretrained(tmp_path / "saved")
+    assert not Model.from_pretrained(tmp_path / "saved").config.causal
+
+
+def test_generation_config_of_the_previous_checkpoint_goes_with_it(tmp_path):
+    m = Model.from_pretrained(LLADA2.parent)
+    m.generation_config = {"eos_token_id": 7}
+    m.save_pretrained(tmp_path)
+    assert Model.from_pretrained(tmp_path).generation_config == {"eos_token_id": 7}
+    m.generation_config = {}
+    m.save_pretrained(tmp_path)
+    assert Model.from_pretrained(tmp_path).generation_config == {} and not (tmp_path / "generation_config.json").exists()
+
+
+def test_every_file_is_on_the_disk_before_any_gets_its_name(tmp_path, monkeypatch):
+    """fsync of every file, then the renames, each followed by fsync of the directory, and only then the old files go."""
+    m = Model.from_pretrained(LLADA2.parent)
+    m.generation_config = {"eos_token_id": 7}
+    m.save_pretrained(tmp_path, max_shard_size="200KB")
+    events = []
+    real_fsync, real_replace, real_unlink = os.fsync, os.replace, Path.unlink
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("fsync", path, path.stat().st_size))
+        real_fsync(descriptor)
+
+    def replace_(source, target):
+        events.append(("rename", Path(source), Path(source).stat().st_size))
+        real_replace(source, target)
+
+    def unlink(self, missing_ok=False):
+        if self.exists():
+            events.append(("unlink", self, 0))
+        real_unlink(self, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace_)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    m.save_pretrained(tmp_path, max_shard_size="100KB")
+    names = [path.name for what, path, _ in events if what == "rename"]
+    assert len(names) > 8 and [n.split(".")[1] for n in names[-2:]] == ["config", "generation_config"]
+    first = next(i for i, event in enumerate(events) if event[0] == "rename")
+    synced = {path.name: size for what, path, size in events[:first] if what == "fsync"}
+    for i, (what, path, size) in enumerate(events):
+        if what == "rename":
+            assert synced[path.name] == size > 0, f"{path.name} was not synced whole before the first rename"
+            assert events[i + 1][:2] == ("fsync", tmp_path), f"the rename of {path.name} was not synced"
+    removed = [i for i, event in enumerate(events) if event[0] == "unlink"]
+    assert len(removed) >= 4 and min(removed) > max(i for i, event in enumerate(events) if event[0] == "rename")
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):

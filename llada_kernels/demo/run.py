@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -193,6 +194,7 @@ class Demo:
         """Through the official layout and back."""
         self.display.heading("Save and load")
         folder = self.output / "model"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps of another size
         self.model.save_pretrained(folder)
         self.tokenizer.save(str(folder / "tokenizer.json"))
         expected = self.model.state_dict()
