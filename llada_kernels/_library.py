@@ -25,6 +25,7 @@ OPERATORS = (
     "lm_loss_backward",
     "moe_mlp",
     "moe_mlp_backward",
+    "moe_mlp_quantized",
     "moe_routing",
     "moe_routing_backward",
     "rms_norm",

@@ -7,9 +7,9 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from ._checkpoint_files import (
 )
 from ._tensor_names import Slot, droppable, layout_of, tensor_slots
 from .config import Config, read_json_object
+from .nn.moe import QuantizedWeight
+from .ops.quantized_experts import KINDS, QuantizedExperts
 
 if TYPE_CHECKING:
     from .model import Model
@@ -62,10 +64,13 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    expert_dtype: str | None = None,
 ) -> Model:
     """Build a model from an official checkpoint; see :meth:`llada_kernels.Model.from_pretrained`."""
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
+    if expert_dtype is not None and expert_dtype not in KINDS:
+        raise ValueError(f"expert_dtype: expected one of {', '.join(KINDS)} or None, got {expert_dtype!r}")
     target = _device(device)
     directory = _resolve(path, revision)
     config = Config.from_pretrained(directory)
@@ -83,12 +88,17 @@ def load(
     with torch.device("meta"):
         model = model_class(config, dtype=model_dtype)
     _keep_router_dtypes(model, tensors, slots)
+    if expert_dtype is not None:
+        model.quantize_experts(expert_dtype)
     model.to_empty(device=target)
     state = model.state_dict()
-    for bias in set(state) - {slot.parameter for name, slot in slots.items() if name in tensors}:
-        state[bias].zero_()  # only an expert bias may be absent, where the configuration says that it is off
-    _copy(tensors, slots, state)
-    converted = [n for n, s in slots.items() if n in tensors and TORCH_DTYPES[tensors[n].dtype] != state[s.parameter].dtype]
+    for name, slot in slots.items():
+        if name not in tensors:
+            state[slot.parameter].zero_()  # only an expert bias may be absent, where the configuration says that it is off
+    quantized = {name: module.value for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+    _copy(tensors, slots, state, quantized)
+    plain = [name for name, slot in slots.items() if name in tensors and slot.parameter not in quantized]
+    converted = [name for name in plain if TORCH_DTYPES[tensors[name].dtype] != state[slots[name].parameter].dtype]
     model.load_report = LoadReport(tuple(dropped), tuple(converted))
     model.generation_config = generation_config
     return model.eval()
@@ -161,8 +171,9 @@ def _keep_router_dtypes(model: Model, tensors: dict[str, TensorInfo], slots: dic
             weight.data = weight.data.to(torch.promote_types(weight.dtype, TORCH_DTYPES[tensors[name].dtype]))
 
 
-def _copy(tensors: dict[str, TensorInfo], slots: dict[str, Slot], state: dict[str, Tensor]) -> None:
-    """Copy straight into the parameters, one file open at a time and each read front to back."""
+def _copy(tensors: dict[str, TensorInfo], slots: dict[str, Slot], state: dict[str, Tensor], quantized: dict[str, QuantizedExperts]) -> None:
+    """Copy straight into the parameters, one file open at a time and each read front to back. Experts to be quantised pass through a
+    buffer of one expert's tensor."""
     files: dict[Path, list[str]] = {}
     for name in slots:
         if name in tensors:
@@ -170,13 +181,35 @@ def _copy(tensors: dict[str, TensorInfo], slots: dict[str, Slot], state: dict[st
     for file, names in files.items():
         with open(file, "rb") as f:
             for name in sorted(names, key=lambda n: tensors[n].begin):
-                read_tensor(f, tensors[name], slots[name].of(state[slots[name].parameter]))
+                slot = slots[name]
+                if slot.parameter in quantized:
+                    _quantize(f, tensors[name], slot, quantized[slot.parameter])
+                else:
+                    read_tensor(f, tensors[name], slot.of(state[slot.parameter]))
+
+
+def _quantize(file: BinaryIO, info: TensorInfo, slot: Slot, target: QuantizedExperts) -> None:
+    """Read one expert's rows, or those of all experts one after the other, and quantise them as they are stored."""
+    experts = [i for i in slot.index[:1] if isinstance(i, int)] or list(range(info.shape[0]))
+    rows = next((i for i in slot.index[1:] if isinstance(i, slice)), slice(None))
+    size = (info.end - info.begin) // len(experts)
+    buffer = torch.empty(info.shape[-2:], dtype=TORCH_DTYPES[info.dtype])
+    for i, expert in enumerate(experts):
+        begin = info.begin + i * size
+        read_tensor(file, replace(info, shape=info.shape[-2:], begin=begin, end=begin + size), buffer)
+        target.set_rows(expert, rows, buffer.to(target.data.device))
 
 
 def save(model: Model, path: str | os.PathLike[str], layout: str = "per_expert", max_shard_size: int | str = "5GB") -> None:
     """Write an official checkpoint; see :meth:`llada_kernels.Model.save_pretrained`."""
     limit = _bytes(max_shard_size)
     slots = tensor_slots(model.config, layout)
+    state = model.state_dict()
+    if missing := [slot.parameter for slot in slots.values() if slot.parameter not in state]:
+        raise ValueError(
+            f"model: expected unquantised experts, got a model whose {missing[0]} is quantised, which official checkpoints cannot hold: "
+            "load the original one without expert_dtype and save that"
+        )
     directory = Path(path).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"path: expected a directory, got the file {directory}")
@@ -186,8 +219,6 @@ def save(model: Model, path: str | os.PathLike[str], layout: str = "per_expert",
     for left_over in directory.glob(f".*{PARTIAL_SUFFIX}"):
         left_over.unlink(missing_ok=True)
     before = _weight_files(directory)
-
-    state = model.state_dict()
     tensors = {name: slot.of(state[slot.parameter]) for name, slot in slots.items()}
     shards = _plan_shards(tensors, limit)
     names = _shard_names(directory, len(shards))

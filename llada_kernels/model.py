@@ -16,7 +16,9 @@ from ._model_inputs import ModelInputs, check_token_ids, prepare
 from .config import Config
 from .masks import DiffusionMask
 from .nn import Block, RMSNorm, RouterOutput
+from .nn.moe import MoE
 from .ops._common import compute_dtype
+from .ops.quantized_experts import check_group_size
 from .ops.rope import rope_tables
 
 __all__ = ["Model", "ModelOutput"]
@@ -99,6 +101,7 @@ class Model(nn.Module):
         device: torch.device | str | None = None,
         *,
         revision: str | None = None,
+        expert_dtype: str | None = None,
     ) -> Model:
         """Read an official checkpoint: config.json and safetensors files, sharded or not, experts apart or merged.
 
@@ -110,6 +113,8 @@ class Model(nn.Module):
             dtype: of the parameters; None keeps the stored one. Expert biases are fp32; a router weight is never narrowed.
             device: where the model goes; None is the CPU.
             revision: branch, tag or commit of the repository.
+            expert_dtype: "int8" or "int4" quantises the experts' weights while they are read, one expert at a time, so that the
+                full weights are never in memory. See :meth:`quantize_experts`.
 
         Returns:
             The model, in evaluation mode.
@@ -121,7 +126,32 @@ class Model(nn.Module):
 
         Precision: bitwise what is stored, unless ``dtype`` converts it.
         """
-        return hub.load(cls, path, dtype, device, revision)
+        return hub.load(cls, path, dtype, device, revision, expert_dtype)
+
+    def quantize_experts(self, kind: str, group_size: int | None = None) -> Model:
+        """Quantise the routed experts' weights in place, layer by layer. The model then serves inference only: no parameter wants a
+        gradient any more, and :meth:`save_pretrained` refuses it.
+
+        Args:
+            kind: "int8" (8.5 bits per weight) or "int4" (4.5 bits).
+            group_size: columns that share a scale, 32, 64 or 128; None takes 32.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: an unknown kind, a group size that does not divide the hidden size and the expert width, weights that are not
+                finite, or experts that are quantised already.
+        """
+        c = self.config
+        for columns in (c.hidden_size, c.moe_intermediate_size):
+            check_group_size(kind, group_size, columns)
+        layers = [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
+        if layers and layers[0].expert_kind is not None:
+            raise ValueError(f"kind: expected experts that are not quantised yet, got {layers[0].expert_kind} ones")
+        for layer in layers:
+            layer.quantize(kind, group_size)
+        return self.requires_grad_(False)
 
     def save_pretrained(
         self, path: str | os.PathLike[str], layout: str = "per_expert", max_shard_size: int | str = "5GB"
@@ -139,7 +169,7 @@ class Model(nn.Module):
 
         Raises:
             ValueError: an unknown layout, a size that is none, ``path`` is a file or holds a checkpoint of another
-                configuration.
+                configuration, quantised experts.
             OSError: the files cannot be written.
         """
         hub.save(self, path, layout, max_shard_size)

@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(llada_kernels, m) {
       "moe_mlp(Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor w_gate_up, Tensor w_down, bool save) "
       "-> (Tensor out, Tensor pre_activation)");
   m.def(
+      "moe_mlp_quantized(Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor gate_up_data, "
+      "Tensor gate_up_scales, Tensor down_data, Tensor down_scales) -> Tensor");
+  m.def(
       "moe_mlp_backward(Tensor grad_out, Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor w_gate_up, "
       "Tensor w_down, Tensor pre_activation, bool need_x, bool need_w_gate_up, bool need_w_down) "
       "-> (Tensor grad_x, Tensor grad_topk_weights, Tensor grad_w_gate_up, Tensor grad_w_down)");

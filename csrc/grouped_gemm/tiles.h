@@ -31,6 +31,65 @@ inline auto scratch(int64_t n) {
   return std::make_unique_for_overwrite<T[]>(size_t(n));
 }
 
+// Into how many parts the tiles of each of `blocks` blocks are cut: one if that gives every thread enough items to choose from. An item
+// reads its rows once for all its tiles, and long stretches of weights.
+inline int64_t parts_per_block(int64_t blocks, int64_t tiles, int64_t threads) {
+  return blocks == 0 ? 1 : least(tiles, ceil_div(8 * threads, blocks));
+}
+
+// M rows of A times N rows of B as dot products. The N rows after those are fetched meanwhile: hardware prefetchers stop at the end of a
+// page, which is one row of 2048 bf16.
+template <int M, int N, class T>
+inline void stream_tile(const T* a, int64_t lda, const T* b, int64_t k, float* c, int64_t ldc) {
+  constexpr int64_t step = kDotStep<T, T>;
+  Vec acc[M][N] = {};
+  const T* ahead = b + N * k;
+  for (int64_t i = 0; i + step <= k; i += step) {
+    VecU bv[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      __builtin_prefetch(ahead + n * k + i);
+      if constexpr (step == kLanes)
+        bv[n] = (VecU)load(b + n * k + i);
+      else
+        bv[n] = load_packed(b + n * k + i);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      if constexpr (step == kLanes) {
+        const Vec av = load(a + m * lda + i);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[m][n] += av * (Vec)bv[n];
+      } else {
+        const VecU av = load_packed(a + m * lda + i);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[m][n] = multiply_add_pairs(acc[m][n], av, bv[n]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) c[m * ldc + n] = reduce_add(acc[m][n]);
+}
+
+// C[m][n] = A[m][k] * B[n][k] for few rows of A: every row of B comes from memory once, the others of A find it in the nearest cache.
+template <class T>
+__attribute__((noinline)) void gemm_stream(const T* a, int64_t lda, int64_t m, const T* b, int64_t n, int64_t k, float* c, int64_t ldc) {
+  int64_t j = 0;
+  if (k % kDotStep<T, T> == 0)
+    for (; j + kDotColumns <= n; j += kDotColumns) {
+      int64_t i = m % kDotRows;  // the odd ones first: they do the fetching
+      if (i == 1) stream_tile<1, kDotColumns>(a, lda, b + j * k, k, c + j, ldc);
+      if (i == 2) stream_tile<2, kDotColumns>(a, lda, b + j * k, k, c + j, ldc);
+      if (i == 3) stream_tile<3, kDotColumns>(a, lda, b + j * k, k, c + j, ldc);
+      for (; i + kDotRows <= m; i += kDotRows)
+        i == 0 ? stream_tile<kDotRows, kDotColumns>(a, lda, b + j * k, k, c + j, ldc)
+               : dot_tile<kDotRows, kDotColumns>(a + i * lda, lda, b + j * k, k, k, c + i * ldc + j, ldc, false);
+    }
+  if (j < n) gemm_nt(a, lda, b + j * k, k, m, n - j, k, c + j, ldc);
+}
+
 // B(k, n) = b[n * n_stride + k * k_stride] as right operand of products with `rows` rows: packed once if there are enough of them.
 template <class T>
 class RightOperand {

@@ -5,7 +5,7 @@
 #include "grouped_gemm/row_blocks.h"
 #include "moe_mlp/params.h"
 
-#include "grouped_gemm/tiles.h"
+#include "moe_mlp/expert_rows.h"
 #include "swiglu/swiglu.h"
 
 namespace llada::LLADA_CPU_LEVEL {
@@ -19,21 +19,35 @@ inline int64_t panel_columns(int64_t slots, int64_t hidden) {
   return least(hidden, columns < kTile ? kTile : columns);
 }
 
-// For every tile of every block product(block, first column, columns, operand, where in the panel, its leading dimension), then for
-// every token sum(token, first column, columns, panel, leading dimension); panel by panel. Rows of a panel are slots.
-template <class T, class Element, class Product, class Sum>
+// Cuts the columns of every block into parts of whole tiles. worker(each) runs once per thread, where each(item) calls
+// item(block, first column, end) for the parts that fall to it.
+template <class Worker>
+void in_parts(const std::vector<RowBlock>& blocks, int64_t columns, int64_t tile, const Parallel& parallel, Worker&& worker) {
+  const int64_t tiles = ceil_div(columns, tile), parts = parts_per_block(int64_t(blocks.size()), tiles, parallel.num_threads());
+  parallel.items(int64_t(blocks.size()) * parts, [&](ItemQueue& queue) {
+    worker([&](auto&& item) {
+      for (int64_t i; queue.next(i);) {
+        const int64_t part = i % parts;
+        item(blocks[size_t(i / parts)], tiles * part / parts * tile, least(columns, tiles * (part + 1) / parts * tile));
+      }
+    });
+  });
+}
+
+// For every part of every block product(block, first column, columns, worker's scratch, where in the panel, its leading dimension), then
+// for every token sum(token, first column, columns, panel, leading dimension); panel by panel. Rows of a panel are slots.
+template <class Element, class Scratch, class Product, class Sum>
 void in_panels(const std::vector<RowBlock>& blocks, int64_t tokens, int64_t slots, int64_t hidden, const Parallel& parallel,
-               Product&& product, Sum&& sum) {
+               Scratch&& worker_scratch, Product&& product, Sum&& sum) {
   const int64_t width = panel_columns(slots, hidden);
   const auto panel = scratch<Element>(slots * width);
   for (int64_t p0 = 0; p0 < hidden; p0 += width) {
-    const int64_t columns = least(width, hidden - p0), tiles = ceil_div(columns, kTile);
-    parallel.items(int64_t(blocks.size()) * tiles, [&](ItemQueue& queue) {
-      RightOperand<T> operand;
-      for (int64_t item; queue.next(item);) {
-        const int64_t h0 = item % tiles * kTile;
-        product(blocks[size_t(item / tiles)], p0 + h0, least(kTile, columns - h0), operand, panel.get() + h0, width);
-      }
+    const int64_t columns = least(width, hidden - p0);
+    in_parts(blocks, columns, kTile, parallel, [&](auto&& each) {
+      auto own = worker_scratch();
+      each([&](const RowBlock& block, int64_t begin, int64_t end) {
+        product(block, p0 + begin, end - begin, own, panel.get() + begin, width);
+      });
     });
     parallel.ranges(tokens, 4096 / columns + 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) sum(t, p0, columns, panel.get(), width);
@@ -53,27 +67,31 @@ inline void gather(const Params& p, const T* x, int64_t r, int64_t m, T* rows) {
   for (int64_t i = 0; i < m; ++i) std::memcpy(rows + i * p.hidden, x + token_of(p, r + i) * p.hidden, size_t(p.hidden) * sizeof(T));
 }
 
+// What a worker of a forward product needs: packed weights, and dequantised ones if they are quantised.
+template <class T>
+struct ForwardScratch {
+  RightOperand<T> first, second;
+  std::unique_ptr<T[]> weights;
+
+  ForwardScratch(const ExpertWeights& w, int64_t k, int64_t columns)
+      : weights(scratch<T>(w.kind == ExpertWeights::Kind::plain ? 0 : columns * k)) {}
+};
+
 // act[r] = silu(gate) * up of the sorted rows; keeps gate and up in pre_activation if it is wanted.
 template <class T>
 void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act, const Parallel& parallel) {
   T* kept = static_cast<T*>(p.pre_activation);
-  constexpr int64_t kHalf = kTile / 2;  // features of one work item: as many gate and up rows
-  const int64_t tiles = ceil_div(p.width, kHalf);
-  parallel.items(int64_t(blocks.size()) * tiles, [&](ItemQueue& queue) {
+  constexpr int64_t kHalf = kTile / 2;  // features at a time: as many gate and up rows
+  const int64_t k = p.hidden;
+  in_parts(blocks, p.width, kHalf, parallel, [&](auto&& each) {
     float gate[kStepRows * kHalf], up[kStepRows * kHalf];
-    const auto rows = scratch<T>(kStepRows * p.hidden);
-    RightOperand<T> w_gate, w_up;
-    for (int64_t item; queue.next(item);) {
-      const RowBlock& block = blocks[size_t(item / tiles)];
-      const int64_t i0 = item % tiles * kHalf, n = least(kHalf, p.width - i0);
-      const T* weight = static_cast<const T*>(p.w_gate_up) + (block.expert * 2 * p.width + i0) * p.hidden;
-      w_gate.set(weight, p.hidden, 1, n, p.hidden, block.end - block.begin);
-      w_up.set(weight + p.width * p.hidden, p.hidden, 1, n, p.hidden, block.end - block.begin);
-      for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-        const int64_t m = least(kStepRows, block.end - r);
-        gather(p, static_cast<const T*>(p.x), r, m, rows.get());
-        w_gate.multiply(rows.get(), p.hidden, m, gate, kHalf);
-        w_up.multiply(rows.get(), p.hidden, m, up, kHalf);
+    const auto gathered = scratch<T>(least(kBlockRows, p.tokens * p.top_k) * k);
+    ForwardScratch<T> own(p.w_gate_up, k, kHalf);
+    each([&](const RowBlock& block, int64_t begin, int64_t end) {
+      const auto weights = [&](int64_t row, int64_t n) {
+        return expert_rows(p.w_gate_up, block.expert, 2 * p.width, k, row, n, own.weights.get());
+      };
+      const auto activate = [&](int64_t r, int64_t m, int64_t i0, int64_t n) {
         for (int64_t i = 0; i < m; ++i) {
           const int64_t at = (r + i) * p.width + i0;
           for_features(n, [&](int64_t j, int64_t count) {
@@ -84,25 +102,61 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
             store_n(kept + (r + i) * 2 * p.width + p.width + i0 + j, u, count);
           });
         }
+      };
+      const int64_t rows = block.end - block.begin;
+      gather(p, static_cast<const T*>(p.x), block.begin, rows, gathered.get());
+      for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
+        const int64_t n = least(kHalf, end - i0);
+        if (rows < kPackRowsFrom) {
+          for (int64_t j = 0; j < n; j += kDotColumns) {  // two streams of weights, each in the order of memory
+            const int64_t c = least(kDotColumns, n - j);
+            gemm_stream(gathered.get(), k, rows, weights(i0 + j, c), c, k, gate + j, kHalf);
+            gemm_stream(gathered.get(), k, rows, weights(p.width + i0 + j, c), c, k, up + j, kHalf);
+          }
+          activate(block.begin, rows, i0, n);
+          continue;
+        }
+        own.first.set(weights(i0, n), k, 1, n, k, rows);
+        own.second.set(weights(p.width + i0, n), k, 1, n, k, rows);
+        for (int64_t r = 0; r < rows; r += kStepRows) {
+          const int64_t m = least(kStepRows, rows - r);
+          own.first.multiply(gathered.get() + r * k, k, m, gate, kHalf);
+          own.second.multiply(gathered.get() + r * k, k, m, up, kHalf);
+          activate(block.begin + r, m, i0, n);
+        }
       }
-    }
+    });
   });
 }
 
 template <class T>
 void forward(const MoeMlpParams& p, const Parallel& parallel) {
-  const int64_t slots = p.tokens * p.top_k;
+  const int64_t slots = p.tokens * p.top_k, k = p.width;
   const std::vector<RowBlock> blocks = row_blocks(p.offsets, p.experts, kBlockRows);
-  const auto act = scratch<T>(slots * p.width);
+  const auto act = scratch<T>(slots * k);
   gate_up<T>(p, blocks, act.get(), parallel);
-  const auto down = [&](const RowBlock& block, int64_t h0, int64_t n, RightOperand<T>& operand, T* panel, int64_t ld) {
+  const auto down = [&](const RowBlock& block, int64_t h0, int64_t columns, ForwardScratch<T>& own, T* panel, int64_t ld) {
     float tile[kStepRows * kTile];
-    const T* weight = static_cast<const T*>(p.w_down) + (block.expert * p.hidden + h0) * p.width;
-    operand.set(weight, p.width, 1, n, p.width, block.end - block.begin);
-    for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-      const int64_t m = least(kStepRows, block.end - r);
-      operand.multiply(act.get() + r * p.width, p.width, m, tile, kTile);
-      for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld, ld);
+    const int64_t rows = block.end - block.begin;
+    const auto weights = [&](int64_t row, int64_t n) {
+      return expert_rows(p.w_down, block.expert, p.hidden, k, row, n, own.weights.get());
+    };
+    const auto place = [&](int64_t r, int64_t m, int64_t j, int64_t n) {
+      for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
+    };
+    for (int64_t j = 0; j < columns; j += kTile) {
+      const int64_t n = least(kTile, columns - j);
+      if (rows < kPackRowsFrom) {
+        gemm_stream(act.get() + block.begin * k, k, rows, weights(h0 + j, n), n, k, tile, kTile);
+        place(block.begin, rows, j, n);
+        continue;
+      }
+      own.first.set(weights(h0 + j, n), k, 1, n, k, rows);
+      for (int64_t r = block.begin; r < block.end; r += kStepRows) {
+        const int64_t m = least(kStepRows, block.end - r);
+        own.first.multiply(act.get() + r * k, k, m, tile, kTile);
+        place(r, m, j, n);
+      }
     }
   };
   const auto sum = [&](int64_t token, int64_t h0, int64_t columns, const T* panel, int64_t ld) {
@@ -110,11 +164,12 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
     T* out = static_cast<T*>(p.out) + token * p.hidden + h0;
     for_features(columns, [&](int64_t i, int64_t n) {
       Vec total = load_n(rows + i, n) * p.weights[token * p.top_k];
-      for (int64_t k = 1; k < p.top_k; ++k) total += load_n(rows + k * ld + i, n) * p.weights[token * p.top_k + k];
+      for (int64_t s = 1; s < p.top_k; ++s) total += load_n(rows + s * ld + i, n) * p.weights[token * p.top_k + s];
       store_n(out + i, total, n);
     });
   };
-  in_panels<T, T>(blocks, p.tokens, slots, p.hidden, parallel, down, sum);
+  const auto worker_scratch = [&] { return ForwardScratch<T>(p.w_down, k, kTile); };
+  in_panels<T>(blocks, p.tokens, slots, p.hidden, parallel, worker_scratch, down, sum);
 }
 
 // With d = grad_out @ w_down of a row: grad_weight = d . act, grad_act = weight * d, and from it the gradients of gate and up.
@@ -125,36 +180,37 @@ void activation_gradients(const MoeMlpBackwardParams& p, const std::vector<RowBl
   const T* kept = static_cast<const T*>(p.pre_activation);
   const int64_t tiles = ceil_div(p.width, kTile), slots = p.tokens * p.top_k;
   const auto dots = scratch<float>(tiles * slots);  // d . act of each tile's features
-  parallel.items(int64_t(blocks.size()) * tiles, [&](ItemQueue& queue) {
+  in_parts(blocks, p.width, kTile, parallel, [&](auto&& each) {
     float tile[kStepRows * kTile];
-    const auto rows = scratch<T>(kStepRows * p.hidden);
+    const auto rows = scratch<T>(least(kBlockRows, slots) * p.hidden);
     RightOperand<T> operand;
-    for (int64_t item; queue.next(item);) {
-      const RowBlock& block = blocks[size_t(item / tiles)];
-      const int64_t i0 = item % tiles * kTile, n = least(kTile, p.width - i0);
-      const T* weight = static_cast<const T*>(p.w_down) + block.expert * p.hidden * p.width + i0;
-      operand.set(weight, 1, p.width, n, p.hidden, block.end - block.begin);
-      for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-        const int64_t m = least(kStepRows, block.end - r);
-        gather(p, static_cast<const T*>(p.grad_out), r, m, rows.get());
-        operand.multiply(rows.get(), p.hidden, m, tile, kTile);
-        for (int64_t i = 0; i < m; ++i) {
-          const int64_t slot = p.permutation[r + i], at = (r + i) * 2 * p.width + i0;
-          const float routing_weight = p.weights[slot];
-          Vec dot{};
-          for_features(n, [&](int64_t j, int64_t count) {
-            const Vec g = load_n(kept + at + j, count), u = load_n(kept + at + p.width + j, count);
-            const Vec act = round_to<T>(swiglu_forward<T>(g, u)), grad = load_n(tile + i * kTile + j, count);
-            dot += act * grad;
-            store_n(weighted_act + (r + i) * p.width + i0 + j, act * routing_weight, count);
-            const SwigluGradients out = swiglu_gradients(grad * routing_weight, g, u);
-            store_n(grad_gate_up + at + j, out.gate, count);
-            store_n(grad_gate_up + at + p.width + j, out.up, count);
-          });
-          dots[size_t(item % tiles * slots + slot)] = reduce_add(dot);
+    each([&](const RowBlock& block, int64_t begin, int64_t end) {
+      gather(p, static_cast<const T*>(p.grad_out), block.begin, block.end - block.begin, rows.get());
+      for (int64_t i0 = begin; i0 < end; i0 += kTile) {
+        const int64_t n = least(kTile, end - i0);
+        const T* weight = static_cast<const T*>(p.w_down) + block.expert * p.hidden * p.width + i0;
+        operand.set(weight, 1, p.width, n, p.hidden, block.end - block.begin);
+        for (int64_t r = block.begin; r < block.end; r += kStepRows) {
+          const int64_t m = least(kStepRows, block.end - r);
+          operand.multiply(rows.get() + (r - block.begin) * p.hidden, p.hidden, m, tile, kTile);
+          for (int64_t i = 0; i < m; ++i) {
+            const int64_t slot = p.permutation[r + i], at = (r + i) * 2 * p.width + i0;
+            const float routing_weight = p.weights[slot];
+            Vec dot{};
+            for_features(n, [&](int64_t j, int64_t count) {
+              const Vec g = load_n(kept + at + j, count), u = load_n(kept + at + p.width + j, count);
+              const Vec act = round_to<T>(swiglu_forward<T>(g, u)), grad = load_n(tile + i * kTile + j, count);
+              dot += act * grad;
+              store_n(weighted_act + (r + i) * p.width + i0 + j, act * routing_weight, count);
+              const SwigluGradients out = swiglu_gradients(grad * routing_weight, g, u);
+              store_n(grad_gate_up + at + j, out.gate, count);
+              store_n(grad_gate_up + at + p.width + j, out.up, count);
+            });
+            dots[size_t(i0 / kTile * slots + slot)] = reduce_add(dot);
+          }
         }
       }
-    }
+    });
   });
   parallel.ranges(slots, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
@@ -181,14 +237,17 @@ void backward(const MoeMlpBackwardParams& p, const Parallel& parallel) {
         p.offsets, p.experts, 2 * p.width, p.hidden, static_cast<T*>(p.grad_w_gate_up), parallel,
         [&](int64_t r) { return grad_gate_up.get() + r * 2 * p.width; }, [&](int64_t r) { return x + token_of(p, r) * p.hidden; });
   if (p.grad_x == nullptr) return;
-  const auto to_x = [&](const RowBlock& block, int64_t h0, int64_t n, RightOperand<T>& operand, float* panel, int64_t ld) {
+  const auto to_x = [&](const RowBlock& block, int64_t h0, int64_t columns, RightOperand<T>& operand, float* panel, int64_t ld) {
     float tile[kStepRows * kTile];
-    const T* weight = static_cast<const T*>(p.w_gate_up) + block.expert * 2 * p.width * p.hidden + h0;
-    operand.set(weight, 1, p.hidden, n, 2 * p.width, block.end - block.begin);
-    for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-      const int64_t m = least(kStepRows, block.end - r);
-      operand.multiply(grad_gate_up.get() + r * 2 * p.width, 2 * p.width, m, tile, kTile);
-      for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld, ld);
+    for (int64_t j = 0; j < columns; j += kTile) {
+      const int64_t n = least(kTile, columns - j);
+      const T* weight = static_cast<const T*>(p.w_gate_up) + block.expert * 2 * p.width * p.hidden + h0 + j;
+      operand.set(weight, 1, p.hidden, n, 2 * p.width, block.end - block.begin);
+      for (int64_t r = block.begin; r < block.end; r += kStepRows) {
+        const int64_t m = least(kStepRows, block.end - r);
+        operand.multiply(grad_gate_up.get() + r * 2 * p.width, 2 * p.width, m, tile, kTile);
+        for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
+      }
     }
   };
   const auto sum = [&](int64_t token, int64_t h0, int64_t columns, const float* panel, int64_t ld) {
@@ -200,7 +259,7 @@ void backward(const MoeMlpBackwardParams& p, const Parallel& parallel) {
       store_n(out + i, total, n);
     });
   };
-  in_panels<T, float>(blocks, p.tokens, slots, p.hidden, parallel, to_x, sum);
+  in_panels<float>(blocks, p.tokens, slots, p.hidden, parallel, [] { return RightOperand<T>(); }, to_x, sum);
 }
 
 }  // namespace

@@ -13,9 +13,10 @@ from ..config import Config
 from ..ops._common import compute_dtype
 from ..ops.moe_mlp import moe_mlp
 from ..ops.moe_routing import Routing, moe_routing
+from ..ops.quantized_experts import QuantizedExperts
 from ..ops.swiglu import swiglu
 
-__all__ = ["GatedMLP", "MoE", "Router", "RouterOutput"]
+__all__ = ["GatedMLP", "MoE", "QuantizedWeight", "Router", "RouterOutput"]
 
 
 class RouterOutput(NamedTuple):
@@ -92,11 +93,47 @@ class Router(nn.Module):
         return self
 
 
+class QuantizedWeight(nn.Module):
+    """Holds a :class:`QuantizedExperts` in two buffers, in the place and under the name of the parameter that it stands for.
+
+    They are the weight, not a cache of it, so they are part of ``state_dict`` (as ``<name>.data`` and ``<name>.scales``). Moving the
+    model to another dtype leaves them as they are.
+    """
+
+    data: Tensor
+    scales: Tensor
+
+    def __init__(self, value: QuantizedExperts) -> None:
+        super().__init__()
+        self.kind = value.kind
+        self.register_buffer("data", value.data)
+        self.register_buffer("scales", value.scales)
+
+    @property
+    def value(self) -> QuantizedExperts:
+        """What :func:`moe_mlp` takes."""
+        return QuantizedExperts(self.kind, self.data, self.scales)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {self.value.shape}, group_size={self.value.group_size}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+        before = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != before.dtype:
+            self.scales = before.to(self.scales.device)
+        return self
+
+
 class MoE(nn.Module):
     """A router, its experts, and the shared expert that serves every token.
 
-    ``w_gate_up`` [E, 2I, H] stacks each expert's gate rows over its up rows; ``w_down`` is [E, H, I].
+    ``w_gate_up`` [E, 2I, H] stacks each expert's gate rows over its up rows; ``w_down`` is [E, H, I]. Both are parameters, or after
+    :meth:`quantize` :class:`QuantizedWeight` modules.
     """
+
+    w_gate_up: nn.Parameter | QuantizedWeight
+    w_down: nn.Parameter | QuantizedWeight
 
     def __init__(self, config: Config, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -106,6 +143,26 @@ class MoE(nn.Module):
         self.w_down = nn.Parameter(torch.empty(experts, hidden, width, dtype=dtype, device=device))
         shared = config.shared_expert_intermediate_size
         self.shared_expert = GatedMLP(hidden, shared, dtype, device) if shared else None
+
+    @property
+    def expert_kind(self) -> str | None:
+        """Kind of the quantised experts, or None."""
+        return self.w_gate_up.kind if isinstance(self.w_gate_up, QuantizedWeight) else None
+
+    def quantize(self, kind: str, group_size: int | None = None) -> None:
+        """Put quantised experts in the place of the parameters; see :meth:`QuantizedExperts.quantize`. On the meta device they are empty.
+
+        Raises:
+            ValueError: an unknown kind, a group size that does not divide the hidden size and the expert width, or experts that are
+                quantised already.
+        """
+        if self.expert_kind is not None:
+            raise ValueError(f"kind: expected experts that are not quantised yet, got {self.expert_kind} ones")
+        make = QuantizedExperts.quantize if self.w_gate_up.device.type != "meta" else _empty_like
+        for name in ("w_gate_up", "w_down"):
+            value = make(getattr(self, name), kind, group_size)
+            delattr(self, name)  # at once: only one weight is ever there in both forms
+            setattr(self, name, QuantizedWeight(value))
 
     def forward(self, x: Tensor, record: Callable[[RouterOutput], Any] | None = None) -> Tensor:
         """Serve each token by its experts.
@@ -124,5 +181,13 @@ class MoE(nn.Module):
         routed = self.router(x)
         if record is not None:
             record(routed)
-        y = moe_mlp(x, routed.routing, self.w_gate_up, self.w_down)
+        y = moe_mlp(x, routed.routing, _weight(self.w_gate_up), _weight(self.w_down))
         return y if self.shared_expert is None else y + self.shared_expert(x)
+
+
+def _weight(held: nn.Parameter | QuantizedWeight) -> Tensor | QuantizedExperts:
+    return held.value if isinstance(held, QuantizedWeight) else held
+
+
+def _empty_like(weight: Tensor, kind: str, group_size: int | None) -> QuantizedExperts:
+    return QuantizedExperts.empty(tuple(weight.shape), kind, group_size, weight.device)

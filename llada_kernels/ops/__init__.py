@@ -8,12 +8,15 @@ from .lm_head_unmask import lm_head_unmask
 from .lm_loss import LMLoss, lm_loss
 from .moe_mlp import moe_mlp
 from .moe_routing import Routing, moe_routing
+from .quantized_experts import QuantizedExperts
+from .rms_norm import rms_norm
 from .rope import rope, rope_tables
 from .swiglu import swiglu
 from .threshold_unmask import Unmasked, threshold_unmask
 
 __all__ = [
     "LMLoss",
+    "QuantizedExperts",
     "Routing",
     "Unmasked",
     "block_attention",
@@ -24,6 +27,7 @@ __all__ = [
     "lm_loss",
     "moe_mlp",
     "moe_routing",
+    "rms_norm",
     "rope",
     "rope_tables",
     "swiglu",

@@ -9,6 +9,7 @@ from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
 from ..grouped_gemm import FLOATS, check_offsets
 from ..moe_routing.routing import Routing
+from ..quantized_experts import KINDS, QuantizedExperts
 from . import native, reference
 
 __all__ = ["BACKENDS", "moe_mlp"]
@@ -16,7 +17,10 @@ __all__ = ["BACKENDS", "moe_mlp"]
 BACKENDS = (native.BACKEND, reference.BACKEND)
 
 
-def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, backend: str | None = None) -> Tensor:
+def moe_mlp(
+    x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts, *,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Sum over each token's chosen experts of weight * down(silu(gate(x)) * up(x)).
 
     Args:
@@ -25,7 +29,8 @@ def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, b
             :meth:`Routing.from_topk`.
         w_gate_up: same dtype [E, 2I, H]. The I gate rows over the I up rows.
         w_down: same dtype [E, H, I]. Weights of experts without tokens are not read; their gradient
-            is zero.
+            is zero. Both weights may be :class:`QuantizedExperts` (each of its own kind), for
+            inference only.
         backend: None chooses by the arguments; a name never falls back.
 
     Returns:
@@ -34,27 +39,30 @@ def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, b
 
     Precision: rounds as the official code: gate, up, silu, their product and each expert's output
     in the dtype of x, every sum inside a matrix product and the weighted sum over k = 0 .. K-1 in
-    fp32, the result once more in the dtype of x.
+    fp32, the result once more in the dtype of x. Quantised weights are rounded to the dtype of x
+    and then treated as such weights. In groups of 32, int8 moves the result by 1.1 % and int4 by
+    15 % (Frobenius norm, normal weights).
     Determinism: bitwise, independent of the number of threads.
 
     Raises:
         TypeError: an argument is not a tensor, or routing is not a Routing.
-        ValueError: a wrong shape, dtype or device, or a routing that does not belong to these
-            tokens and experts.
+        ValueError: a wrong shape, dtype or device, a routing that does not belong to these tokens
+            and experts, or quantised weights where a gradient is wanted.
     """
     check_tensor("x", x, 2, FLOATS)
-    check_tensor("w_gate_up", w_gate_up, 3)
-    check_tensor("w_down", w_down, 3)
+    _check_weight("w_gate_up", w_gate_up, x)
+    _check_weight("w_down", w_down, x)
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    if isinstance(w_gate_up, QuantizedExperts) != isinstance(w_down, QuantizedExperts):
+        raise ValueError("w_down: expected both weights or none quantised, got one of each")
     tokens, hidden = x.shape
     experts, width = w_gate_up.shape[0], w_gate_up.shape[1] // 2
-    check_same("w_gate_up", w_gate_up, "x", x)
-    check_same("w_down", w_down, "x", x)
     if experts < 1 or w_gate_up.shape[1] != 2 * width:
         raise ValueError(f"w_gate_up: expected shape (E, 2I, H) with E of at least 1, got {tuple(w_gate_up.shape)}")
-    check_shape("w_gate_up", w_gate_up, experts, 2 * width, hidden)
-    check_shape("w_down", w_down, experts, hidden, width)
+    for name, weight, expected in (("w_gate_up", w_gate_up, (experts, 2 * width, hidden)), ("w_down", w_down, (experts, hidden, width))):
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
     check_tensor("routing.topk_ids", routing.topk_ids, 2, (torch.int32,))
     check_tensor("routing.topk_weights", routing.topk_weights, 2, (torch.float32, torch.float64))
     check_tensor("routing.offsets", routing.offsets, 1, (torch.int32,))
@@ -69,4 +77,28 @@ def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *, b
     check_shape("routing.offsets", routing.offsets, experts + 1)
     check_shape("routing.permutation", routing.permutation, tokens * top_k)
     check_offsets("routing.offsets", routing.offsets, tokens * top_k)
+    if isinstance(w_gate_up, QuantizedExperts) and torch.is_grad_enabled():
+        for name, t in (("x", x), ("routing.topk_weights", routing.topk_weights)):
+            if t.requires_grad:
+                raise ValueError(
+                    f"{name}: expected no gradient to be wanted with quantised experts, which serve inference only: call under "
+                    "torch.no_grad(), or train with unquantised weights (QuantizedExperts.dequantize)"
+                )
     return run("moe_mlp", BACKENDS, backend, x, routing, w_gate_up, w_down)
+
+
+def _check_weight(name: str, weight: Tensor | QuantizedExperts, x: Tensor) -> None:
+    if not isinstance(weight, QuantizedExperts):
+        check_tensor(name, weight, 3)
+        check_same(name, weight, "x", x)
+        return
+    if weight.kind not in KINDS:
+        raise ValueError(f"{name}.kind: expected one of {', '.join(KINDS)}, got {weight.kind!r}")
+    check_tensor(f"{name}.data", weight.data, 3, (torch.int8 if weight.kind == "int8" else torch.uint8,))
+    check_tensor(f"{name}.scales", weight.scales, 3, (torch.bfloat16,))
+    check_same(f"{name}.data", weight.data, "x", x, dtype=False)
+    check_same(f"{name}.scales", weight.scales, "x", x, dtype=False)
+    check_shape(f"{name}.scales", weight.scales, weight.data.shape[0], weight.data.shape[1], None)
+    columns, groups = weight.shape[2], weight.scales.shape[2]
+    if groups < 1 or columns % (32 * groups) or not columns:
+        raise ValueError(f"{name}.scales: expected groups of a multiple of 32 that divides {columns} columns, got {groups} groups")

@@ -11,17 +11,25 @@ from ... import _library
 from .._common import native_reason
 from ..dispatch import Backend
 from ..moe_routing.routing import Routing
+from ..quantized_experts import QuantizedExperts
 
 
-def _supports(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> str | None:
+def _supports(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> str | None:
     if routing.topk_weights.dtype != torch.float32:
         return f"native serves topk_weights in float32, got {routing.topk_weights.dtype}"
-    return native_reason(x, w_gate_up, w_down, *routing)
+    return native_reason(x, *routing, *_tensors(w_gate_up), *_tensors(w_down))
 
 
-def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+def _tensors(weight: Tensor | QuantizedExperts) -> tuple[Tensor, ...]:
+    return (weight.data, weight.scales) if isinstance(weight, QuantizedExperts) else (weight,)
+
+
+def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> Tensor:
     """See :func:`llada_kernels.ops.moe_mlp`."""
-    tensors = [t.contiguous() for t in (x, routing.topk_weights, routing.offsets, routing.permutation, w_gate_up, w_down)]
+    tokens = (x, routing.topk_weights, routing.offsets, routing.permutation)
+    tensors = [t.contiguous() for t in (*tokens, *_tensors(w_gate_up), *_tensors(w_down))]
+    if isinstance(w_gate_up, QuantizedExperts):
+        return torch.ops.llada_kernels.moe_mlp_quantized(*tensors)
     # Gate and up are kept only where a backward may follow.
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return torch.ops.llada_kernels.moe_mlp(*tensors, save)[0]
@@ -34,6 +42,10 @@ if _library.load_error is None:
         x: Tensor, topk_weights: Tensor, offsets: Tensor, permutation: Tensor, w_gate_up: Tensor, w_down: Tensor, save: bool
     ) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), x.new_empty(permutation.shape[0] if save else 0, w_gate_up.shape[1])
+
+    @torch.library.register_fake("llada_kernels::moe_mlp_quantized")
+    def _fake_quantized(x: Tensor, *others: Tensor) -> Tensor:
+        return torch.empty_like(x)
 
     @torch.library.register_fake("llada_kernels::moe_mlp_backward")
     def _fake_backward(

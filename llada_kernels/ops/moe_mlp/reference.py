@@ -10,14 +10,25 @@ from .._common import compute_dtype
 from ..dispatch import Backend
 from ..grouped_gemm.reference import grouped_gemm
 from ..moe_routing.routing import Routing
+from ..quantized_experts import QuantizedExperts
 
 
-def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+def _product(a: Tensor, weight: Tensor | QuantizedExperts, offsets: Tensor) -> Tensor:
+    """grouped_gemm; of quantised experts one is dequantised at a time, where the experts in use can be known."""
+    if not isinstance(weight, QuantizedExperts):
+        return grouped_gemm(a, weight, offsets)
+    if torch.compiler.is_compiling():
+        return grouped_gemm(a, weight.dequantize(a.dtype), offsets)
+    parts = a.split(offsets.diff().tolist())
+    return torch.cat([rows @ weight.expert(e).dequantize(a.dtype)[0].mT for e, rows in enumerate(parts) if e == 0 or len(rows)])
+
+
+def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> Tensor:
     """See :func:`llada_kernels.ops.moe_mlp`."""
     tokens, top_k = routing.topk_ids.shape
     slots = routing.permutation.long()
-    gate, up = grouped_gemm(x[slots // top_k], w_gate_up, routing.offsets).chunk(2, -1)
-    rows = grouped_gemm(silu(gate) * up, w_down, routing.offsets)
+    gate, up = _product(x[slots // top_k], w_gate_up, routing.offsets).chunk(2, -1)
+    rows = _product(silu(gate) * up, w_down, routing.offsets)
     place = torch.empty_like(slots).scatter_(0, slots, torch.arange(slots.shape[0], device=slots.device))
     choices = rows[place].view(tokens, top_k, x.shape[1]).to(compute_dtype(x)).unbind(1)
     weights = routing.topk_weights.to(compute_dtype(x)).unsqueeze(-1).unbind(1)

@@ -1,0 +1,97 @@
+// Rows of experts' weights as T, whether they lie in memory so or quantised. Included after the standard headers.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "moe_mlp/params.h"
+
+#include "grouped_gemm/tiles.h"
+
+namespace llada::LLADA_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kQuantum = 32;       // a group is a multiple of this
+constexpr int64_t kFetchBytes = 4096;  // how far ahead of the dequantisation memory is asked for
+
+// kLanes bytes to integers. GCC 12 converts vectors of bytes one by one, hence the instructions by name.
+inline VecI widen(const int8_t* p) {
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (VecI)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(LLADA_CPU_LEVEL_avx2)
+  return (VecI)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return VecI{p[0], p[1], p[2], p[3]};
+#endif
+}
+inline VecI widen(const uint8_t* p) {
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (VecI)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(LLADA_CPU_LEVEL_avx2)
+  return (VecI)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return VecI{p[0], p[1], p[2], p[3]};
+#endif
+}
+
+// 32 values of quantised weights as floats.
+inline void load_quantized(const int8_t* p, Vec (&q)[kQuantum / kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kQuantum / kLanes; ++i) q[i] = __builtin_convertvector(widen(p + i * kLanes), Vec);
+}
+inline void load_quantized(const uint8_t* p, Vec (&q)[kQuantum / kLanes]) {
+  constexpr int kHalf = kQuantum / kLanes / 2;
+#pragma GCC unroll 4
+  for (int i = 0; i < kHalf; ++i) {
+    const VecI both = widen(p + i * kLanes);
+    q[i] = __builtin_convertvector((both & 15) - 8, Vec);
+    q[kHalf + i] = __builtin_convertvector((both >> 4) - 8, Vec);
+  }
+}
+
+template <class T>
+inline void store_32(T* p, const Vec (&v)[kQuantum / kLanes]) {
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+  if constexpr (kPackedDepth<T> == 2) {  // one instruction; weights below 1e-38 become 0 in it
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+    std::memcpy(p, &both, sizeof both);
+    return;
+  }
+#endif
+#pragma GCC unroll 8
+  for (int i = 0; i < kQuantum / kLanes; ++i) store(p + i * kLanes, v[i]);
+}
+
+// `count` values in groups, each of which has a scale. A product of an integer of 8 bits and a bf16 is exact in fp32: rounded once, to T.
+template <class T, class Q>
+__attribute__((noinline)) void dequantize(const Q* q, const bf16* scales, int64_t count, int64_t group, T* out) {
+  constexpr int64_t kBytes = std::is_same_v<Q, int8_t> ? kQuantum : kQuantum / 2;  // of 32 values
+  for (int64_t i = 0; i < count; i += group, ++scales) {
+    const Vec scale = splat(to_float(*scales));
+    for (int64_t j = 0; j < group; j += kQuantum, q += kBytes, out += kQuantum) {
+      Vec v[kQuantum / kLanes];
+      __builtin_prefetch(q + kFetchBytes);
+      load_quantized(q, v);
+#pragma GCC unroll 8
+      for (int l = 0; l < kQuantum / kLanes; ++l) v[l] = v[l] * scale;
+      store_32(out, v);
+    }
+  }
+}
+
+// Rows [first, first + n) of the `rows` rows of k columns that an expert has: where they lie, or dequantised in `buffer` (n * k).
+template <class T>
+inline const T* expert_rows(const ExpertWeights& w, int64_t expert, int64_t rows, int64_t k, int64_t first, int64_t n, T* buffer) {
+  const int64_t begin = (expert * rows + first) * k;
+  if (w.kind == ExpertWeights::Kind::plain) return static_cast<const T*>(w.data) + begin;
+  const bf16* scales = static_cast<const bf16*>(w.scales) + begin / w.group;
+  if (w.kind == ExpertWeights::Kind::int8)
+    dequantize(static_cast<const int8_t*>(w.data) + begin, scales, n * k, w.group, buffer);
+  else
+    dequantize(static_cast<const uint8_t*>(w.data) + begin / 2, scales, n * k, w.group, buffer);
+  return buffer;
+}
+
+}  // namespace
+}  // namespace llada::LLADA_CPU_LEVEL
