@@ -122,7 +122,7 @@ def generate(
     given: dict[str, Any] = {
         "threshold": threshold, "steps": steps, "minimal_topk": minimal_topk, "eos_early_stop": eos_early_stop,
         "max_post_steps": max_post_steps, "num_to_transfer": num_to_transfer, "cfg_scale": cfg_scale, "remasking": remasking,
-        "temperature": temperature if temperature != 0.0 else None, "top_k": top_k, "top_p": top_p,
+        "temperature": None if isinstance(temperature, int | float) and temperature == 0 else temperature, "top_k": top_k, "top_p": top_p,
     }  # fmt: skip
     arguments = {name: value for name, value in given.items() if value is not None}
     if editing_threshold is not UNSET:

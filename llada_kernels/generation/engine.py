@@ -148,7 +148,7 @@ class Engine:
         """One forward and one step of the rule for every row; returns the rows that are finished, which leave.
 
         Raises:
-            ValueError: the model's logits hold NaN, +inf or nothing finite: the rows are named.
+            ValueError: the model's logits hold NaN, +inf or nothing finite: names the row by its number and the position in it.
             RuntimeError: the rule does not finish a block within its own bound of steps.
         """
         active = [slot for slot, row in enumerate(self._rows) if row is not None]
@@ -161,11 +161,14 @@ class Engine:
         self._begin_blocks(active, rows, blocks, columns)
         state = take_rows(self._state, chosen)
         index, kept = self._positions_needed(blocks, state)
-        logits = self._logits(active, rows, kept)
+        logits = self._logits(active, rows, kept).view(*kept.shape, -1)
         try:
-            new, state, done = self.rule.step(logits.view(len(rows), -1, logits.shape[-1]), blocks, state, index)
+            new, state, done = self.rule.step(logits, blocks, state, index)
         except ValueError as error:
-            raise ValueError(f"{error} (the rows of this step are {[row.row for row in rows]})") from error
+            # The sampler counts rows and positions of what it was given, which means nothing to the caller.
+            if (named := self._bad_logits(logits, rows, kept)) is None:
+                raise
+            raise named from error
         put_rows(self._state, chosen, state)
         self._tokens[chosen] = self._tokens[chosen].scatter(1, columns, new)
         if self.on_step is not None:
@@ -175,8 +178,25 @@ class Engine:
         ends, failed = torch.stack([done, self.rule.failed(state)]).tolist()
         if any(failed):
             bad = [row.row for row, fail in zip(rows, failed, strict=True) if fail]
-            raise ValueError(f"logits: expected finite numbers, got NaN, +inf or nothing finite in rows {bad}")
+            general = ValueError(f"logits: expected finite numbers, got NaN, +inf or nothing finite in rows {bad}")
+            raise self._bad_logits(logits, rows, kept) or general
         return [f for slot, row, end in zip(active, rows, ends, strict=True) if (f := self._advance(slot, row, end))]
+
+    def _bad_logits(self, logits: Tensor, rows: list[_Row], kept: Tensor) -> ValueError | None:
+        """The first position that no token can be chosen at, as the caller counts; None if ``logits`` [R, n, V] are sound."""
+        others = torch.arange(logits.shape[-1], device=logits.device) != _mask_id(self.rule)
+        wrong = {
+            "NaN": logits.isnan().any(-1),
+            "+inf": (logits == torch.inf).any(-1),
+            "no finite logit besides the mask token's": ~(logits.isfinite() & others).any(-1),
+        }
+        found = torch.stack(list(wrong.values())).any(0).nonzero().tolist()
+        if not found:
+            return None
+        i, j = found[0]
+        got = next(text for text, where in wrong.items() if where[i, j])
+        at = f"row {rows[i].row}, position {rows[i].start + int(kept[i, j])} (prompt of {rows[i].prompt_length} tokens included)"
+        return ValueError(f"logits: expected finite numbers, got {got} in {at}")
 
     def _begin_blocks(self, active: list[int], rows: list[_Row], blocks: Tensor, columns: Tensor) -> None:
         """Fresh state for the rows that are at the first forward of a block."""

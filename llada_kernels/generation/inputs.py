@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def prompt_list(inputs: Prompts, attention_mask: Tensor | None, vocab_size: int,
         ValueError: an empty batch or prompt, an id outside the vocabulary, a mask token in a prompt, a padding mask that
             does not fit or has holes.
     """
-    prompts = _split(inputs)
+    prompts = _split(inputs, vocab_size)
     if attention_mask is not None:
         prompts = _unpad(inputs, prompts, attention_mask)
     if not prompts:
@@ -49,7 +50,7 @@ def prompt_list(inputs: Prompts, attention_mask: Tensor | None, vocab_size: int,
     return checked
 
 
-def _split(inputs: Any) -> list[Tensor]:
+def _split(inputs: Any, vocab_size: int) -> list[Tensor]:
     if isinstance(inputs, Tensor):
         if inputs.ndim not in (1, 2):
             raise ValueError(f"inputs: expected shape [S] or [B, S], got {tuple(inputs.shape)}")
@@ -57,16 +58,24 @@ def _split(inputs: Any) -> list[Tensor]:
     if not isinstance(inputs, Sequence) or isinstance(inputs, str | bytes):
         raise TypeError(f"inputs: expected a tensor or a list of prompts, got {type(inputs).__name__}")
     if inputs and all(isinstance(x, int) for x in inputs):
-        return [torch.tensor(inputs)]
+        return [_ids("inputs", inputs, vocab_size)]
     prompts = []
     for i, prompt in enumerate(inputs):
         if isinstance(prompt, Tensor):
             prompts.append(prompt)
         elif isinstance(prompt, Sequence) and all(isinstance(x, int) for x in prompt):
-            prompts.append(torch.tensor(prompt, dtype=torch.int64))
+            prompts.append(_ids(f"inputs[{i}]" if len(inputs) > 1 else "inputs", prompt, vocab_size))
         else:
             raise TypeError(f"inputs[{i}]: expected a tensor or a list of integers, got {type(prompt).__name__}")
     return prompts
+
+
+def _ids(where: str, ids: Sequence[int], vocab_size: int) -> Tensor:
+    """int64 [n]; an id that no tensor can hold is refused here, the others with those of tensors."""
+    for at, value in enumerate(ids):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{where}: expected token ids in [0, {vocab_size}), got {value} at position {at}")
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _unpad(inputs: Any, prompts: list[Tensor], attention_mask: Tensor) -> list[Tensor]:
@@ -76,10 +85,13 @@ def _unpad(inputs: Any, prompts: list[Tensor], attention_mask: Tensor) -> list[T
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != inputs.shape:
         raise ValueError(f"attention_mask: expected shape {tuple(inputs.shape)} (that of inputs), got {tuple(attention_mask.shape)}")
-    real = attention_mask.view(len(prompts), -1).to("cpu") != 0
+    real = attention_mask.reshape(len(prompts), inputs.shape[-1]).to("cpu") != 0
     kept = []
     for i, (prompt, row) in enumerate(zip(prompts, real, strict=True)):
         at = row.nonzero().flatten()
+        if not len(row):  # an empty prompt, which is refused as such
+            kept.append(prompt)
+            continue
         if not len(at):
             raise ValueError(f"attention_mask[{i}]: expected at least one real token, got none")
         if int(at[-1]) - int(at[0]) + 1 != len(at):
@@ -94,19 +106,20 @@ def special_ids(model: Any, mask_id: int | None, eos_id: int | None) -> tuple[in
     Where a config lists several EOS ids the first one counts, as in the official code.
 
     Raises:
+        TypeError: an id that is not an integer.
         ValueError: the mask id is outside the vocabulary.
     """
     vocab = model.config.vocab_size
 
     def find(name: str, given: int | None, default: int) -> int:
         if given is not None:
-            return int(given)
+            return _integer(name.replace("_token", ""), given, "an int or None")
         for source in (getattr(model, "generation_config", None), model.config):
             value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
             if isinstance(value, list | tuple):
                 value = value[0] if value else None
             if value is not None:
-                return int(value)
+                return _integer(f"{name} of the model's configuration", value, "an int")
         return default
 
     mask, eos = find("mask_token_id", mask_id, MASK_TOKEN_ID), find("eos_token_id", eos_id, EOS_TOKEN_ID)
@@ -121,14 +134,29 @@ def seed_list(seed: int | Sequence[int] | None, rows: int, needed: bool) -> list
     """One seed per row; without one, one is drawn from torch's generator if the rule needs it.
 
     Raises:
+        TypeError: a seed that is not an integer.
         ValueError: a seed outside [0, 2**63), or not one per row.
     """
+    expected = "an int, one per prompt or None"
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, (1,))) if needed else 0
-    seeds = [int(seed)] * rows if isinstance(seed, int) else [int(s) for s in seed]
+    many = (isinstance(seed, Sequence) and not isinstance(seed, str | bytes)) or getattr(seed, "ndim", 0) == 1
+    given: Any = seed
+    seeds = [_integer("seed", s, expected) for s in given] if many else [_integer("seed", given, expected)] * rows
     if len(seeds) != rows:
         raise ValueError(f"seed: expected one number or one per prompt ({rows}), got {len(seeds)}")
     for s in seeds:
         if not 0 <= s < 2**63:
             raise ValueError(f"seed: expected numbers in [0, 2**63), got {s}")
     return seeds
+
+
+def _integer(name: str, value: Any, expected: str) -> int:
+    """An int from an int or what stands for one, such as a 0-d integer tensor or an integer of NumPy."""
+    try:
+        if isinstance(value, bool) or getattr(value, "ndim", 0):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        got = type(value).__name__ if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.80}"
+        raise TypeError(f"{name}: expected {expected}, got {got}") from None

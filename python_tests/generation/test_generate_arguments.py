@@ -49,6 +49,15 @@ def test_forms_of_inputs() -> None:
         ([1, 47], {}, "inputs: expected a prompt without the mask token 47, got one at position 1"),
         ([[1], [2, 48]], {}, r"inputs\[1\]: expected token ids in \[0, 48\), got 48 at position 1"),
         ([-1], {}, r"inputs: expected token ids in \[0, 48\), got -1 at position 0"),
+        ([[2**70]], {}, rf"^inputs: expected token ids in \[0, 48\), got {2**70} at position 0"),
+        ([1, -(2**70)], {}, rf"^inputs: expected token ids in \[0, 48\), got -{2**70} at position 1"),
+        ([[1], [2, 3, 2**63]], {}, rf"^inputs\[1\]: expected token ids in \[0, 48\), got {2**63} at position 2"),
+        (torch.zeros(0, 3).long(), {"attention_mask": torch.zeros(0, 3)}, "inputs: expected at least one prompt, got an empty batch"),
+        (torch.zeros(1, 0).long(), {"attention_mask": torch.zeros(1, 0)}, "inputs: expected at least one token, got an empty prompt"),
+        (torch.zeros(2, 0).long(), {"attention_mask": torch.zeros(2, 0)}, r"inputs\[0\]: expected at least one token"),
+        (torch.zeros(0).long(), {"attention_mask": torch.zeros(0)}, "inputs: expected at least one token, got an empty prompt"),
+        ([1], {"seed": torch.tensor(-1)}, r"seed: expected numbers in \[0, 2\*\*63\), got -1"),
+        ([1], {"seed": 2**63}, r"seed: expected numbers in \[0, 2\*\*63\), got 9223372036854775808"),
         (torch.ones(1, 3).long(), {"attention_mask": torch.ones(3)}, r"attention_mask: expected shape \(1, 3\)"),
         (torch.ones(1, 3).long(), {"attention_mask": torch.tensor([[1, 0, 1]])}, r"attention_mask\[0\].*holes"),
         (torch.ones(1, 3).long(), {"attention_mask": torch.zeros(1, 3)}, r"attention_mask\[0\].*got none"),
@@ -99,6 +108,31 @@ def test_bad_values(inputs: Any, kwargs: dict[str, Any], message: str) -> None:
         ([["a"]], {}, r"inputs\[0\]: expected a tensor or a list of integers, got list"),
         (torch.ones(1, 3), {}, "inputs: expected integer token ids, got torch.float32"),
         ([1], {"gen_length": 8.0}, "gen_length: expected an int, got float"),
+        ([1], {"seed": 1.5}, "seed: expected an int, one per prompt or None, got float 1.5"),
+        ([1], {"seed": "a"}, "seed: expected an int, one per prompt or None, got str 'a'"),
+        ([1], {"seed": True}, "seed: expected an int, one per prompt or None, got bool True"),
+        ([[1], [2]], {"seed": [1, "b"]}, "seed: expected an int, one per prompt or None, got str 'b'"),
+        ([1], {"seed": torch.tensor(1.5)}, "seed: expected an int, one per prompt or None, got Tensor"),
+        ([1], {"seed": torch.tensor([[1]])}, "seed: expected an int, one per prompt or None, got Tensor"),
+        ([1], {"eos_id": [1, 2]}, r"eos_id: expected an int or None, got list \[1, 2\]"),
+        ([1], {"eos_id": 1.0}, "eos_id: expected an int or None, got float 1.0"),
+        ([1], {"mask_id": "a"}, "mask_id: expected an int or None, got str 'a'"),
+        ([1], {"steps": 2.5}, "steps: expected an int, got float 2.5"),
+        ([1], {"steps": "3"}, "steps: expected an int, got str '3'"),
+        ([1], {"steps": True}, "steps: expected an int, got bool True"),
+        ([1], {"decoding": "low_confidence", "steps": 2.5}, "steps: expected an int, got float 2.5"),
+        ([1], {"decoding": "low_confidence", "cfg_scale": "x"}, "cfg_scale: expected a number, got str 'x'"),
+        ([1], {"decoding": "low_confidence", "remasking": 3}, "remasking: expected a str, got int 3"),
+        ([1], {"minimal_topk": 1.5}, "minimal_topk: expected an int, got float 1.5"),
+        ([1], {"eos_early_stop": "no"}, "eos_early_stop: expected True or False, got str 'no'"),
+        ([1], {"temperature": "hot"}, "temperature: expected a number, got str 'hot'"),
+        ([1], {"temperature": torch.zeros(2)}, "temperature: expected a number, got Tensor"),
+        ([1], {"top_k": 1.5}, "top_k: expected an int or None, got float 1.5"),
+        ([1], {"top_p": "x"}, "top_p: expected a number or None, got str 'x'"),
+        ([1], {"threshold": "x"}, "threshold: expected a number, got str 'x'"),
+        ([1], {"editing_threshold": "x"}, "editing_threshold: expected a number or None, got str 'x'"),
+        ([1], {"editing_threshold": 0.5, "max_post_steps": 1.5}, "max_post_steps: expected an int, got float 1.5"),
+        ([1], {"editing_threshold": 0.5, "num_to_transfer": "2"}, "num_to_transfer: expected an int, got str '2'"),
         ([1], {"decoding": LLaDA20}, "decoding: expected the name of a rule or a rule object"),
         (torch.ones(1, 3).long(), {"attention_mask": [[1, 1, 1]]}, "attention_mask: expected a tensor, got list"),
     ],
@@ -108,15 +142,71 @@ def test_bad_types(inputs: Any, kwargs: dict[str, Any], message: str) -> None:
         generate(inputs, **kwargs)
 
 
+def test_numbers_that_stand_for_an_int() -> None:
+    """0-d integer tensors and a tensor of seeds are as good as ints."""
+    sampled: dict[str, Any] = {"temperature": 1.0, "eos_id": -1}
+    want = generate([1, 2, 3], seed=5, **sampled)[0].tolist()
+    assert generate([1, 2, 3], seed=torch.tensor(5), **sampled)[0].tolist() == want
+    assert generate([1, 2, 3], seed=[torch.tensor(5)], **sampled)[0].tolist() == want
+    both = generate([[1, 2, 3], [1, 2, 3]], seed=torch.tensor([5, 6]), **{**sampled, "eos_id": torch.tensor(-1)})
+    assert both[0].tolist() == want and both[1].tolist() == generate([1, 2, 3], seed=6, **sampled)[0].tolist() != want
+
+
 def test_bad_models() -> None:
     causal = ToyModel()
     causal.config.causal = True
     with pytest.raises(ValueError, match="model: expected a diffusion model, got a causal one"):
         generate([1], causal)
-    broken = ToyModel()
-    broken.edit_logits = lambda logits: logits.index_fill(-1, torch.tensor([3]), float("nan"))
-    with pytest.raises(ValueError, match=r"NaN in row 0, position 0 \(the rows of this step are \[0, 1\]\)"):
-        generate([[1], [2]], broken)
+
+
+class Watching(ToyModel):
+    """Spoils the logits of one absolute position of the row that begins with ``first`` in its ``forward``-th forward."""
+
+    def __init__(self, first: int, position: int, forward: int, value: float) -> None:
+        super().__init__()
+        self.where, self.countdown, self.value = (first, position), forward, value
+
+    def forward(self, input_ids: torch.Tensor, *, mask: Any = None, cache: Any = None, logits_to_keep: Any = None) -> Any:
+        positions, (first, position) = mask.position_ids, self.where
+        rows = mask.cu_query_lens[:-1].tolist() if mask.kind == "cached" else (positions == 0).nonzero().flatten().tolist()
+        ends = [*rows[1:], len(input_ids)]
+        out = super().forward(input_ids, mask=mask, cache=cache, logits_to_keep=logits_to_keep)
+        for slot, (begin, end) in enumerate(zip(rows, ends, strict=True)):
+            if end > begin and positions[begin] == 0:
+                self.firsts = getattr(self, "firsts", {}) | {slot: int(input_ids[begin])}
+            here = (logits_to_keep >= begin) & (logits_to_keep < end) & (positions[logits_to_keep] == position)
+            if end > begin and self.firsts[slot] == first and here.any():
+                self.countdown -= 1
+                if self.countdown < 0:
+                    out.logits[here, 3] = self.value
+        return out
+
+
+@pytest.mark.parametrize("decoding", ["llada2.0", "llada2.1", "low_confidence"])
+@pytest.mark.parametrize("max_batch", [1, 2, None])
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), r"\+inf")])
+def test_bad_logits_are_named_as_the_caller_counts(decoding: str, max_batch: int | None, value: float, name: str) -> None:
+    """The row is the prompt's number, though it waited in a queue; the position counts from the row's start, though the sampler
+    saw only what is still masked of a later block."""
+    prompts = [[1, 2, 3], [4], [7, 8, 9, 10, 11]]
+    options: dict[str, Any] = {"decoding": decoding, "max_batch": max_batch, "eos_id": -1, "gen_length": 12}
+    options |= {"steps": 12} if decoding == "low_confidence" else {"threshold": 1.0}
+    plan = Watching(7, 11, 10**6, value)
+    generate(prompts, plan, **options)
+    reads = 10**6 - plan.countdown
+    assert reads >= 2, "the position is read again after others of its block were unmasked"
+    for forward in (0, reads - 1):
+        with pytest.raises(ValueError, match=rf"^logits: expected finite numbers, got {name} in row 2, position 11 \(prompt of 5 "):
+            generate(prompts, Watching(7, 11, forward, value), **options)
+
+
+def test_other_errors_of_a_step_pass_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*args: Any, **named: Any) -> Unmasked:
+        raise ValueError("threshold: expected a better one")
+
+    monkeypatch.setattr(rules, "threshold_unmask", refusing)
+    with pytest.raises(ValueError, match="^threshold: expected a better one$"):
+        generate([1])
 
 
 def test_bad_logits_that_the_sampler_only_marks(monkeypatch: pytest.MonkeyPatch) -> None:
