@@ -1,5 +1,6 @@
 // Compiled with -ffp-contract=off: a fused multiply-add would change the last bit of a probability and with it, rarely, a token.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "threshold_unmask/parts.h"
@@ -65,18 +66,16 @@ inline void each_exponent(const T* x, int64_t vocab, float top, double temperatu
 constexpr int64_t kRun = 16 * kPart;  // ids of one item of work, so that one position uses several threads
 constexpr int kSumLanes = 64;         // as _LANES in reference.py: lane l of a sum takes every 64th weight; then halves are added
 
-// e^z for z <= 0, e^-64 for anything smaller, NaN for NaN: the operations of `exponential32` in reference.py, one by one.
+// e^z for z <= 0, 2^-80 for anything below that, NaN for NaN: the operations of `exponential32` in reference.py, one by one.
 inline Vec exponential(Vec z) {
   const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  z = vmax(splat(-64.f), z);
-  const Vec shifted = z * 1.44269504f + magic;
-  const Vec k = shifted - magic;
-  const Vec r = (z - k * 0.693359375f) - k * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-#pragma GCC unroll 7
-  for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.f, 1.f})
-    p = p * r + coefficient;
-  return (Vec)((VecI)p + ((VecI)shifted << 23));  // times 2^k: the low bits of `shifted` are k
+  z = vmax(splat(-80.f), z * 1.44269504f);
+  const Vec shifted = z + magic;
+  const Vec r = z - (shifted - magic);
+  Vec p = splat(1.3264727e-3f);
+#pragma GCC unroll 5
+  for (float coefficient : {9.6715130e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f, 1.f}) p = p * r + coefficient;
+  return (Vec)((VecI)p + ((VecI)shifted << 23));  // times 2^integer
 }
 
 inline bool any(VecI v) {
@@ -87,31 +86,34 @@ inline bool any(VecI v) {
 }
 
 // Where a part holds `value` first.
-template <class T>
-inline int64_t find(const T* x, float value) {
+inline int64_t find(const float* x, float value) {
   int64_t i = 0;
   while (i + kLanes < kPart && !any(load(x + i) == splat(value))) i += kLanes;
-  while (to_float(x[i]) != value) ++i;
+  while (x[i] != value) ++i;
   return i;
 }
 
-template <class T>
-PartSum reduce(const T* x, int64_t n, int64_t first, int64_t mask_token_id, Best& best) {
+inline float largest_lane(Vec v) {  // of no NaN
+  Vec4 parts[kLanes / 4];
+  std::memcpy(parts, &v, sizeof v);
+  for (int half = kLanes / 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
+  const Vec4 x = parts[0];
+  return std::max(std::max(x[0], x[2]), std::max(x[1], x[3]));
+}
+
+// x: a whole part.
+PartSum reduce(const float* x, int64_t first, int64_t mask_token_id, Best& best) {
   constexpr float lowest = std::numeric_limits<float>::lowest(), inf = std::numeric_limits<float>::infinity();
-  if (n < kPart) {
-    float padded[kPart];
-    for (int64_t i = 0; i < kPart; ++i) padded[i] = i < n ? to_float(x[i]) : -inf;
-    return reduce(padded, kPart, first, mask_token_id, best);
-  }
   Vec largest[4] = {splat(-inf), splat(-inf), splat(-inf), splat(-inf)};
   for (int64_t i = 0; i < kPart; i += 4 * kLanes)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) largest[v] = vmax(load(x + i + v * kLanes), largest[v]);
-  const float max = reduce_max(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
+  const float max = largest_lane(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
   const int64_t mask = mask_token_id - first;
   if (0 <= mask && mask < kPart) {
     for (int64_t i = 0; i < kPart; ++i)
-      if (i != mask && to_float(x[i]) > best.value) best = {to_float(x[i]), first + i};
+      if (i != mask && x[i] > best.value) best = {x[i], first + i};
   } else if (max > best.value) {
     best = {max, first + find(x, max)};
   }
@@ -127,9 +129,22 @@ PartSum reduce(const T* x, int64_t n, int64_t first, int64_t mask_token_id, Best
   if (sum != sum) {  // a NaN, or +inf minus +inf
     sum = 0;
     for (int64_t i = 0; i < kPart; ++i)
-      if (const float v = to_float(x[i]); v != v) sum = v;
+      if (x[i] != x[i]) sum = x[i];
   }
   return {max, sum};
+}
+
+// The n <= kPart logits of a part, of which a whole one of floats is used where it lies.
+template <class T>
+inline PartSum reduce(const T* x, int64_t n, int64_t first, int64_t mask_token_id, Best& best) {
+  float part[kPart];
+  if constexpr (std::is_same_v<T, float>)
+    if (n == kPart) return reduce(x, first, mask_token_id, best);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(part + i, load(x + i));
+  for (; i < n; ++i) part[i] = to_float(x[i]);
+  for (; i < kPart; ++i) part[i] = -std::numeric_limits<float>::infinity();
+  return reduce(part, first, mask_token_id, best);
 }
 
 // The first two words of Philox4x32-10 as a number in [0, 1).

@@ -309,6 +309,11 @@ def test_exponential_and_grid():
     z = -torch.cat((torch.zeros(1), torch.rand(10000) * 63)).double()
     torch.testing.assert_close(reference.exponential(z), z.exp(), atol=0, rtol=3e-14)
     assert reference.exponential(torch.tensor([-torch.inf, -1e300], dtype=torch.float64)).max() < 1e-27
+    z = z.float()
+    error = (reference.exponential32(z).double() / z.double().exp() - 1).abs()[z > -55]
+    assert (error <= 3e-7 * (1 - z[z > -55] / 4)).all()
+    assert reference.exponential32(torch.tensor([0.0, -torch.inf])).tolist() == [1.0, 2.0**-80]
+    assert reference.exponential32(torch.tensor([torch.nan])).isnan().all()
     weight = reference.to_grid(torch.rand(157184, dtype=torch.float64), 157184)
     sums = [weight.sum(), weight.flip(0).cumsum(0)[-1], weight[torch.randperm(157184)].view(64, -1).sum(1).sum()]
     assert sums[0] == sums[1] == sums[2] == math.fsum(weight.tolist())

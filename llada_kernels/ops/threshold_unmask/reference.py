@@ -39,10 +39,8 @@ _TAYLOR = tuple(1.0 / f for f in (39916800, 3628800, 362880, 40320, 5040, 720, 1
 
 _PART = 1024  # ids of a part
 _LANES = 64  # of the fp32 sum over a part
-_LN2_HIGH32 = 0.693359375  # nine bits: products with integers up to 2**15 are exact
-_LN2_LOW32 = -2.12194440e-4
 _ROUND32 = 12582912.0  # 1.5 * 2**23
-_MINIMAX = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
+_MINIMAX = (1.3264727e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1, 1.0)  # of 2**r, |r| <= 0.5, relative error 9e-8
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -62,10 +60,10 @@ def exponential(z: Tensor) -> Tensor:
 
 
 def exponential32(z: Tensor) -> Tensor:
-    """fp32 exp(z) for z <= 0, within 2e-7 relative; exp(-64) for anything smaller."""
-    z = z.clamp(min=-64.0)
-    k = (z * 1.44269504 + _ROUND32) - _ROUND32
-    r = (z - k * _LN2_HIGH32) - k * _LN2_LOW32
+    """fp32 exp(z) for z <= 0, within 3e-7 (1 - z / 4) relative; 2**-80 for anything below that."""
+    z = (z * 1.44269504).clamp(min=-80.0)
+    k = (z + _ROUND32) - _ROUND32
+    r = z - k
     p = torch.full_like(r, _MINIMAX[0])
     for coefficient in _MINIMAX[1:]:
         p = p * r + coefficient
