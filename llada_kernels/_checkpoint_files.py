@@ -260,12 +260,12 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: M
 def replace_file(partial: Path, final: Path) -> None:
     """Give a finished, synced file its name, and sync the directory: after a crash the old or the new file is there, whole."""
     os.replace(partial, final)
-    sync_directory(final.parent)
+    sync(final.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames and removals in ``directory`` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file to the disk; of a directory, make the renames and removals in it durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

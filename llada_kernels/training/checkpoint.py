@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .._checkpoint_files import sync_directory, write_safetensors
+from .._checkpoint_files import sync, write_safetensors
 from ..model import Model
 
 __all__ = [
@@ -78,12 +78,12 @@ def save_checkpoint(
         document = {"format": _FORMAT, "step": step, "files": files, **state}
         (temporary / _STATE).write_text(json.dumps(document, indent=1) + "\n")
         for path in temporary.iterdir():
-            _sync(path)
-        sync_directory(temporary)
+            sync(path)
+        sync(temporary)
         if final.exists():  # incomplete: damaged after it was written
             shutil.rmtree(final)
         os.rename(temporary, final)
-        sync_directory(root)
+        sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -93,15 +93,6 @@ def save_checkpoint(
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         write_safetensors(file, tensors)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_complete(path: str | os.PathLike[str]) -> bool:
@@ -195,9 +186,9 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | o
             if extra.is_file() and extra.suffix != ".safetensors" and extra.name != _STATE:
                 shutil.copyfile(extra, temporary / extra.name)
         for path in temporary.iterdir():
-            _sync(path)
+            sync(path)
         os.rename(temporary, output)
-        sync_directory(output.parent)
+        sync(output.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

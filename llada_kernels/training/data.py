@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..masks import block_ids
 from .noise import uniform
 
 __all__ = ["Batch", "Document", "PackedDataset", "collate", "document_blocks", "pack"]
@@ -140,6 +143,25 @@ class PackedDataset:
         """Tokens of one epoch."""
         return sum(len(t) for t in self._tokens)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all tokens and supervised flags in order: two data sets with the same digest hold the same."""
+        digest = hashlib.sha256()
+        for tokens, flags in zip(self._tokens, self._supervised, strict=True):
+            digest.update(len(tokens).to_bytes(8, "little") + (b"all" if flags is None else b"some"))
+            digest.update(tokens.numpy().tobytes())
+            digest.update(b"" if flags is None else flags.numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_tokens(self, vocab_size: int, mask_token_id: int | None) -> None:
+        """Raise ValueError, naming the document, if a token is outside the vocabulary or is the mask token."""
+        for number, tokens in enumerate(self._tokens):
+            wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+            if len(wrong):
+                raise ValueError(f"dataset: expected token ids of 0 to {vocab_size - 1}, got {int(wrong[0])} in document {number}")
+            if mask_token_id is not None and bool((tokens == mask_token_id).any()):
+                raise ValueError(f"dataset: expected text without the mask token {mask_token_id}, got one in document {number}")
+
     @property
     def longest_document(self) -> int:
         """Length of the longest piece of a document in a row."""
@@ -186,13 +208,5 @@ def document_blocks(cu_seqlens: Tensor, block_size: int | str) -> Tensor:
     Raises:
         ValueError: a block size below 1.
     """
-    if block_size != "full" and int(block_size) < 1:
-        raise ValueError(f'block_size: expected at least 1 or "full", got {block_size}')
-    starts = cu_seqlens.to(torch.int64)
-    lengths = starts.diff()
-    size = lengths.clamp(min=1) if block_size == "full" else torch.full_like(lengths, int(block_size))
-    blocks = (lengths + size - 1) // size
-    first = blocks.cumsum(0) - blocks
-    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    place = torch.arange(int(starts[-1])) - starts[document]
-    return first[document] + place // size[document]
+    longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    return block_ids(cu_seqlens, max(longest, 1) if block_size == "full" else int(block_size))

@@ -26,6 +26,12 @@ __all__ = ["TrainConfig", "Trainer"]
 # May differ between a run and its continuation: nothing in them changes the weights.
 _FREE = ("checkpoint_every", "keep_checkpoints")
 
+_NOT_NEGATIVE = (
+    "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "mask_noise", "mask_noise_fraction",
+    "expert_bias_rate", "router_aux_loss", "router_z_loss", "confidence", "confidence_temperature", "confidence_warmup_steps",
+    "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -53,7 +59,8 @@ class TrainConfig:
         max_bad_steps: steps in a row with a loss or gradient that is not finite before the run stops.
 
     Raises:
-        ValueError: ``steps``, ``rows`` or ``accumulation`` below 1, or rows that do not divide.
+        ValueError: ``steps``, ``rows`` or ``accumulation`` below 1, rows that do not divide, a rate or count that is negative or not
+            finite.
     """
 
     steps: int
@@ -92,6 +99,9 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.rows % self.accumulation:
             raise ValueError(f"rows: expected a multiple of accumulation {self.accumulation}, got {self.rows}")
+        for name in _NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
         Plan(self.plan)
         self.objective_for(self.plan[0][1])
 
@@ -117,7 +127,8 @@ class Trainer:
         extra_files: copied into every checkpoint, so that it is complete for users: tokenizer.json.
 
     Raises:
-        ValueError: ``output`` holds checkpoints and ``resume`` is False, or they are of another run.
+        ValueError: ``output`` holds checkpoints and ``resume`` is False, or they are of another run; the data hold tokens outside
+            the vocabulary or, for diffusion, the mask token.
     """
 
     def __init__(
@@ -136,6 +147,7 @@ class Trainer:
         self.plan, self.learning_rate = Plan(config.plan), config.learning_rate_schedule()
         if config.objective == "diffusion" and model.config.mask_token_id is None:
             raise ValueError("model: expected a configuration with a mask_token_id, got None")
+        dataset.check_tokens(model.config.vocab_size, model.config.mask_token_id if config.objective == "diffusion" else None)
         self.optimizer = AdamW(model, betas=config.betas, weight_decay=config.weight_decay)
         self.output = None if output is None else Path(output)
         self.step, self.next_sample = 0, 0
@@ -301,9 +313,9 @@ class Trainer:
         self._bad_in_a_row = state["bad_in_a_row"]
 
     def _data_identity(self) -> dict[str, Any]:
-        """Enough of the data set to notice that another one was passed."""
+        """What decides every sample: a run does not go on with other data."""
         data = self.dataset
-        return {"rows": data.num_rows, "tokens": data.num_tokens, "row_tokens": data.row_tokens, "seed": data.seed}
+        return {"row_tokens": data.row_tokens, "seed": data.seed, "shuffle": data.shuffle, "tokens": data.num_tokens, "digest": data.digest}
 
     def _log(self, metrics: dict[str, Any]) -> None:
         if self.output is not None:

@@ -76,6 +76,17 @@ class FullDisk:
         return self.file.write(data)
 
 
+def test_every_file_is_synced_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    path = save(tmp_path, 1, tiny_model())
+    before = events[: events.index("rename")]
+    assert {p.name for p in path.iterdir()} <= set(before)
+    assert events[events.index("rename") + 1 :] == [tmp_path.name]
+
+
 @pytest.mark.parametrize("room", [0, 500, 20_000])
 @pytest.mark.parametrize("where", [hub, checkpoint])
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, where, room):
@@ -125,7 +136,7 @@ def _die_at(stage):
     if stage == "write_safetensors":
         checkpoint.write_safetensors = die
     elif stage == "fsync":
-        checkpoint._sync = die
+        checkpoint.sync = die
     elif stage == "rename":
         os.rename = die
     else:

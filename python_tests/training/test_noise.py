@@ -79,6 +79,19 @@ def test_changes_with_seed_step_sample_and_view():
     assert torch.equal(views[:1], base) and not torch.equal(views[0], views[1])
 
 
+def test_levels_differ_between_seeds_steps_and_views_and_so_does_their_order():
+    batch = dataset(row_tokens=64).batch(0, 2)
+    noise = draw(batch, 4, views=2)
+    others = {"view": noise.level[1], "step": draw(batch, 4, step=4).level[0], "seed": draw(batch, 4, seed=6).level[0]}
+    blocks = document_blocks(batch.cu_seqlens, 4)[batch.samples == 0]
+    first = torch.cat([torch.ones(1, dtype=torch.bool), blocks.diff() != 0])
+    for name, level in others.items():
+        # Not only shifted: the same shift everywhere would keep the order of the blocks round the circle.
+        shift = (level - noise.level[0])[batch.samples == 0][first]
+        assert shift.abs().max() > 1e-3, name
+        assert len(torch.unique((shift % 0.999).round(decimals=4))) > 2, name
+
+
 def test_one_level_per_block_and_stratified_in_the_sample():
     data = dataset(row_tokens=96, documents=60)
     batch = data.batch(0, 5)

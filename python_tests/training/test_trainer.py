@@ -256,6 +256,11 @@ def test_resume_refuses_another_run(tmp_path):
         Trainer(tiny_model(), tiny_data(), config(steps=2, learning_rate=0.1), output=tmp_path, resume=True)
     with pytest.raises(ValueError, match="dataset"):
         Trainer(tiny_model(), tiny_data(documents=9), config(steps=2), output=tmp_path, resume=True)
+    same_lengths = tiny_data()
+    same_lengths._tokens[0] = same_lengths._tokens[0].flip(0)
+    for other in (same_lengths, PackedDataset(tiny_data()._tokens, tiny_data().row_tokens, seed=tiny_data().seed, shuffle=False)):
+        with pytest.raises(ValueError, match="dataset"):
+            Trainer(tiny_model(), other, config(steps=2), output=tmp_path, resume=True)
     with pytest.raises(ValueError, match="differs in"):
         Trainer(tiny_model(hidden_size=48), tiny_data(), config(steps=2), output=tmp_path, resume=True)
 
@@ -263,8 +268,17 @@ def test_resume_refuses_another_run(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"steps": 0}, "steps"), ({"rows": 3, "accumulation": 2}, "rows: expected a multiple"), ({"plan": ((0.5, 4),)}, "sum to 1"),
-     ({"mask_ratio": (0.0, 1.0)}, "mask_ratio")],
+     ({"mask_ratio": (0.0, 1.0)}, "mask_ratio"), ({"learning_rate": math.nan}, "learning_rate"), ({"clip": -1.0}, "clip"),
+     ({"warmup_steps": -1}, "warmup_steps"), ({"expert_bias_rate": math.inf}, "expert_bias_rate: expected a finite number")],
 )  # fmt: skip
 def test_bad_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_data_that_the_model_cannot_read():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"dataset: expected token ids of 0 to \d+, got 999 in document 1"):
+        Trainer(model, PackedDataset([[1], [2, 999]], 8), config(rows=1))
+    with pytest.raises(ValueError, match="dataset: expected text without the mask token"):
+        Trainer(model, PackedDataset([[1, model.config.mask_token_id]], 8), config(rows=1))
