@@ -26,7 +26,7 @@ from ._checkpoint_files import (
     find_tensors,
     read_tensor,
     replace_file,
-    sync_directory,
+    sync,
     write_safetensors,
 )
 from ._tensor_names import Slot, droppable, layout_of, tensor_slots
@@ -247,13 +247,13 @@ def save(model: Model, path: str | os.PathLike[str], layout: str = "per_expert",
             replace_file(index, directory / INDEX_NAME)
         else:
             (directory / INDEX_NAME).unlink(missing_ok=True)
-            sync_directory(directory)
+            sync(directory)
         replace_file(config, directory / CONFIG_NAME)
         if model.generation_config:
             replace_file(generation, directory / GENERATION_CONFIG_NAME)
         else:
             (directory / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
-            sync_directory(directory)
+            sync(directory)
     for old in before:
         if old.name not in names:
             old.unlink(missing_ok=True)
