@@ -156,6 +156,37 @@ def test_router_is_the_official_one(run):
     close(routing.topk_weights.detach().gather(-1, order), weights, case["tolerance"]["topk_weight"])
 
 
+def test_lladamoe_mixes_its_experts_in_bf16_as_the_official_code_does():
+    """Its sparse layer, written out: logits in bf16, softmax in fp32, chosen weights rounded to bf16 before they scale the experts."""
+    layer = golden_model("lladamoe", torch.bfloat16).layers[1].mlp
+    hidden, k = layer.router.weight.shape[1], layer.router.config.num_experts_per_tok
+    x = torch.randn(200, hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seen = []
+    y = layer(x, seen.append)
+    chosen, weights = seen[0].routing.topk_ids.long(), seen[0].routing.topk_weights
+
+    logits = F.linear(x, layer.router.weight.bfloat16())
+    assert torch.equal(seen[0].logits, logits.float())
+    official, official_ids = logits.softmax(-1, dtype=torch.float32).topk(k)
+    tied = (logits.float().sort(descending=True).values.diff(dim=-1)[:, :k] == 0).any(-1)  # which of equal ones is chosen is open
+    assert torch.equal(chosen[~tied], official_ids[~tied]) and tied.float().mean() < 0.5
+    assert torch.equal(weights, weights.bfloat16().float())
+    assert (weights == official.bfloat16().float()).float().mean() > 0.99, "fp32 softmaxes may differ in their last bit"
+    expected = torch.zeros(len(x), hidden, dtype=torch.float64)
+    for t in range(len(x)):
+        for e, w in zip(chosen[t].tolist(), weights[t].double(), strict=True):
+            gate, up = (layer.w_gate_up[e].double() @ x[t].double()).chunk(2)
+            expected[t] += w * (layer.w_down[e].double() @ (F.silu(gate) * up))
+    torch.testing.assert_close(y.double(), expected, atol=float(2**-7 * expected.abs().max()), rtol=0)
+
+
+def test_llada2_keeps_router_weights_in_fp32():
+    m = golden_model("forward_hd128", torch.bfloat16)
+    layer = next(layer.mlp for layer, moe in zip(m.layers, m.config.moe_layers, strict=True) if moe)
+    weights = layer.router(torch.randn(50, m.config.hidden_size).bfloat16()).routing.topk_weights
+    assert weights.dtype == torch.float32 and (weights != weights.bfloat16().float()).any()
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("run", golden("train_block_diffusion")[0]["runs"], ids=lambda r: r["name"])
 def test_training_layout_is_the_official_one(run, recompute):

@@ -140,8 +140,8 @@ def seed_list(seed: int | Sequence[int] | None, rows: int, needed: bool) -> list
     expected = "an int, one per prompt or None"
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, (1,))) if needed else 0
-    many = (isinstance(seed, Sequence) and not isinstance(seed, str | bytes)) or getattr(seed, "ndim", 0) == 1
     given: Any = seed
+    many = given.ndim == 1 if hasattr(given, "ndim") else isinstance(given, Sequence) and not isinstance(given, str | bytes)
     seeds = [_integer("seed", s, expected) for s in given] if many else [_integer("seed", given, expected)] * rows
     if len(seeds) != rows:
         raise ValueError(f"seed: expected one number or one per prompt ({rows}), got {len(seeds)}")
@@ -154,7 +154,7 @@ def seed_list(seed: int | Sequence[int] | None, rows: int, needed: bool) -> list
 def _integer(name: str, value: Any, expected: str) -> int:
     """An int from an int or what stands for one, such as a 0-d integer tensor or an integer of NumPy."""
     try:
-        if isinstance(value, bool) or getattr(value, "ndim", 0):
+        if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
             raise TypeError
         return operator.index(value)
     except TypeError:
