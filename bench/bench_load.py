@@ -1,4 +1,5 @@
-"""Loading a sharded checkpoint of the mini geometry from the page cache; the peak of memory is at most model + largest shard + 200 MB.
+"""Loading a sharded checkpoint of 4 GB in the mini geometry from the page cache: time, and the peak of memory, which is at most
+the model + its largest shard + 200 MB.
 
 The limit holds for the whole process, Python and PyTorch included; of a quick run's tiny model, for what loading adds to them.
 """
@@ -6,6 +7,7 @@ The limit holds for the whole process, Python and PyTorch included; of a quick r
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -36,20 +38,21 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def mini_config(size: float) -> Config:
-    """The geometry of LLaDA2.0-mini with 32 experts and as many layers as make about ``size`` bytes in bf16."""
+    """The geometry of LLaDA2.0-mini with 32 experts and as many layers as make ``size`` bytes in bf16."""
     config = Config(
         vocab_size=157184, hidden_size=2048, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=4, head_dim=128,
         rotary_dim=64, rope_theta=600000.0, intermediate_size=5120, moe_intermediate_size=512, num_experts=32, n_group=8,
         topk_group=4, num_experts_per_tok=8, moe_layers=(False,), shared_expert_intermediate_size=512, routed_scaling_factor=2.5,
     )  # fmt: skip
-    per_layer = 2 * (3 * 512 * 2048 * 33 + config.qkv_size * 2048 + 2048 * 2048)
-    layers = max(1, round((size - 2 * 2 * 157184 * 2048) / per_layer))
+    attention, dense, moe = config.qkv_size * 2048 + 2048 * 2048, 3 * 5120 * 2048, 3 * 512 * 2048 * 33
+    rest = size / 2 - 2 * 157184 * 2048 - attention - dense
+    layers = 1 + max(0, math.ceil(rest / (attention + moe)))
     values = config.as_fields() | {"num_hidden_layers": layers, "moe_layers": (False,) + (True,) * (layers - 1)}
     return Config(**values)
 
 
 def loading(name: str, folder: str, layout: str, shard: str, quick: bool) -> Case:
-    config = bench_config(small=True) if quick else mini_config(2e9)
+    config = bench_config(small=True) if quick else mini_config(4e9)
     torch.manual_seed(0)
     model = Model(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, layout=layout, max_shard_size=shard)
