@@ -1,5 +1,4 @@
-"""Loading a sharded checkpoint of 4 GB in the mini geometry from the page cache: time, and the peak of memory, which is at most
-the model + its largest shard + 200 MB.
+"""Loading a sharded checkpoint of 4 GB in the mini geometry from the page cache; memory peaks below model + largest shard + 200 MB.
 
 The limit holds for the whole process, Python and PyTorch included; of a quick run's tiny model, for what loading adds to them.
 """
