@@ -62,6 +62,7 @@ class DiffusionMask:
     query_lens: Tensor | None = None
     cu_query_lens: Tensor | None = None
     _plans: dict[tuple[int, int], TilePlan] = field(default_factory=dict, repr=False)
+    _parts: dict[int, DiffusionMask] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_keys >= 2**31:
@@ -271,6 +272,21 @@ class DiffusionMask:
             self._plans[block_m, block_n] = plan
         return plan
 
+    def first_queries(self, count: int) -> DiffusionMask:
+        """The same mask for the first ``count`` queries only, over all keys; made once and kept.
+
+        The last layer of a training step needs it: nothing reads what the clean copy's tokens become there.
+
+        Raises:
+            ValueError: more queries than there are, fewer than 0, or a ``cached`` mask, whose rows hold their own queries.
+        """
+        if self.kind == "cached" or not 0 <= count <= self.num_queries:
+            raise ValueError(f"count: expected 0 to {self.num_queries} queries of a mask without a cache, got {count} ({self.kind})")
+        if count not in self._parts:
+            kept = (self.context[:count], self.own[:count], self.num_keys, self.position_ids[:count], "intervals")
+            self._parts[count] = DiffusionMask(*kept, block_size=self.block_size)  # type: ignore[arg-type]
+        return self._parts[count]
+
     def to(self, device: torch.device | str) -> DiffusionMask:
         """The same mask, with the plans built so far, on ``device``."""
         target = torch.empty(0, device=device).device
@@ -279,7 +295,7 @@ class DiffusionMask:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         with torch.inference_mode(False):
             moved: dict[str, Any] = {name: value.to(target) for name, value in tensors.items()}
-            return replace(self, **moved, _plans={sizes: plan.to(target) for sizes, plan in self._plans.items()})
+            return replace(self, **moved, _plans={sizes: plan.to(target) for sizes, plan in self._plans.items()}, _parts={})
 
     def _num_cached(self) -> int:
         return 0 if self.context_lens is None else int(self.context_lens.sum())

@@ -153,9 +153,7 @@ class Model(nn.Module):
             layer.quantize(kind, group_size)
         return self.requires_grad_(False)
 
-    def save_pretrained(
-        self, path: str | os.PathLike[str], layout: str = "per_expert", max_shard_size: int | str = "5GB"
-    ) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], layout: str = "per_expert", max_shard_size: int | str = "5GB") -> None:
         """Write an official checkpoint; :meth:`from_pretrained` reads it back bitwise.
 
         Files get their names only when all of them are complete and synced. A checkpoint that was in the directory before can
@@ -244,9 +242,7 @@ class Model(nn.Module):
             computed in the dtype of the model, then cast to fp32.
         Determinism: bitwise repeatable, for any number of threads in this package's own kernels.
         """
-        inputs = prepare(
-            self.config, self.device, self.dtype, input_ids, inputs_embeds, mask, attention_mask, position_ids, cache
-        )
+        inputs = prepare(self.config, self.device, self.dtype, input_ids, inputs_embeds, mask, attention_mask, position_ids, cache)
         if labels is not None and not (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)):
             raise ValueError("logits_to_keep: expected None together with labels, got both")
         states: list[Tensor] | None = [] if output_hidden_states else None
@@ -274,16 +270,20 @@ class Model(nn.Module):
         cache: Any = None,
         router_outputs: dict[int, RouterOutput] | None = None,
         hidden_states: list[Tensor] | None = None,
+        num_outputs: int | None = None,
     ) -> Tensor:
         """Everything but the logits: final normalised hidden states, packed [T, hidden_size].
 
         Arguments as :meth:`forward`. ``router_outputs`` gets the output of each MoE layer's router under the layer's index (also
         once only with gradient checkpointing); ``hidden_states`` gets [T, hidden_size] each, in the order of :class:`ModelOutput`.
+
+        With ``num_outputs`` = N only the first N tokens' states are made, [N, hidden_size]: the last layer has neither queries nor MLP
+        for the others. Exact; a training step reads only the noisy tokens. It needs a DiffusionMask without a cache.
         """
-        inputs = prepare(
-            self.config, self.device, self.dtype, input_ids, inputs_embeds, mask, attention_mask, position_ids, cache
-        )
-        return self._run(inputs, cache, router_outputs, hidden_states)
+        inputs = prepare(self.config, self.device, self.dtype, input_ids, inputs_embeds, mask, attention_mask, position_ids, cache)
+        if num_outputs is not None and (cache is not None or not isinstance(inputs.mask, DiffusionMask)):
+            raise ValueError("num_outputs: expected None with a cache or a dense mask, got a number")
+        return self._run(inputs, cache, router_outputs, hidden_states, num_outputs)
 
     def generate(self, inputs: Tensor | list[Tensor] | list[list[int]], **options: Any) -> Any:
         """Continue prompts block by block; see :func:`llada_kernels.generation.generate` for the options and the result."""
@@ -292,7 +292,12 @@ class Model(nn.Module):
         return generate(self, inputs, **options)
 
     def _run(
-        self, inputs: ModelInputs, cache: Any, routers: dict[int, RouterOutput] | None, states: list[Tensor] | None
+        self,
+        inputs: ModelInputs,
+        cache: Any,
+        routers: dict[int, RouterOutput] | None,
+        states: list[Tensor] | None,
+        num_outputs: int | None = None,
     ) -> Tensor:
         x = inputs.tokens if inputs.tokens.is_floating_point() else self.embed(inputs.tokens)
         c = self.config
@@ -301,12 +306,11 @@ class Model(nn.Module):
         for block in self.layers:
             if states is not None:
                 states.append(x)
+            arguments = (x, cos, sin, inputs.mask, cache, routers, num_outputs if block is self.layers[-1] else None)
             if recompute:
-                x = checkpoint(
-                    block, x, cos, sin, inputs.mask, None, routers, use_reentrant=False, preserve_rng_state=False
-                )
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, inputs.mask, cache, routers)
+                x = block(*arguments)
         x = self.norm(x)
         if states is not None:
             states.append(x)

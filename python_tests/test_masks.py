@@ -298,3 +298,13 @@ def test_lengths_that_int32_cannot_count():
         DiffusionMask.causal([0, 2**62])
     with pytest.raises(TypeError, match="dense: expected a torch.Tensor, got list"):
         DiffusionMask.from_dense([[True]])
+
+
+def test_first_queries():
+    mask = DiffusionMask.block_diffusion([0, 5, 9], 4)
+    part = mask.first_queries(7)
+    assert torch.equal(part.dense(), mask.dense()[:7]) and torch.equal(part.position_ids, mask.position_ids[:7])
+    assert mask.first_queries(7) is part
+    for wrong, count in ((mask, 19), (DiffusionMask.cached([4], [3], 2), 1)):
+        with pytest.raises(ValueError, match="count: expected 0 to"):
+            wrong.first_queries(count)

@@ -289,3 +289,25 @@ def test_the_whole_model_is_one_graph():
         gradients.append([p.grad.clone() for p in m.parameters()])
     for plain, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [LLADA2, VARIANTS["biases"]])
+def test_the_last_layer_may_serve_the_first_tokens_only(config):
+    """Same states and gradients as without num_outputs; a training step reads only the noisy tokens."""
+    m = random_model(config).requires_grad_(True)
+    mask = DiffusionMask.block_diffusion([0, 11, 20], 4, views=2)
+    ids, count = torch.randint(0, 300, (60,)), 40
+    results = []
+    for outputs in (None, count):
+        m.zero_grad()
+        routers = {}
+        hidden = m.backbone(ids, mask=mask, num_outputs=outputs, router_outputs=routers)
+        hidden[:count].square().sum().backward()
+        grads = {n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None}
+        results.append((hidden[:count].detach(), grads, routers[m.config.num_hidden_layers - 1].logits.shape[0]))
+    close(results[1][0], results[0][0], {"atol": 1e-5, "rtol": 1e-5})
+    assert results[0][1].keys() == results[1][1].keys() and (results[0][2], results[1][2]) == (60, 40)
+    for name, grad in results[0][1].items():
+        close(results[1][1][name], grad, {"atol": 1e-5 * float(grad.abs().max() + 1), "rtol": 1e-4}, name)
+    with pytest.raises(ValueError, match="num_outputs: expected None"):
+        m.backbone(ids, mask=(torch.arange(60) % 3 == 0).expand(1, 60, 60), num_outputs=3)  # more than two intervals

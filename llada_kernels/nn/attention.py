@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
@@ -34,7 +35,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device) if config.use_qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device) if config.use_qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: DiffusionMask | Tensor, cache: Any = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: DiffusionMask | Tensor,
+        cache: Any = None,
+        num_outputs: int | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -42,17 +51,23 @@ class Attention(nn.Module):
             cos, sin: [T, rotary_dim], dtype of x.
             mask: visibility of the T tokens; of kind "cached" exactly when there is a cache.
             cache: a KVCache whose pages hold the context. New keys and values are recorded in it, not written.
+            num_outputs: attend from the first N tokens only; the others give keys and values. Needs a DiffusionMask, no cache.
 
         Returns:
-            [T, hidden_size], dtype of x.
+            [T, hidden_size], or [N, hidden_size] with ``num_outputs``, dtype of x.
 
         Precision: norms before the rotation; scores scaled by 1 / sqrt(head_dim); softmax in fp32.
         Determinism: bitwise repeatable.
         """
-        q, k, v = self.qkv(x).view(x.shape[0], sum(self.heads), self.head_dim).split(self.heads, dim=1)
+        if num_outputs is None:
+            q, k, v = self.qkv(x).view(x.shape[0], sum(self.heads), self.head_dim).split(self.heads, dim=1)
+        else:
+            assert isinstance(mask, DiffusionMask) and cache is None
+            q, k, v = self._fewer_queries(x, num_outputs)
+            mask = mask.first_queries(num_outputs)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        q, k = rope(q, cos[: q.shape[0]], sin[: q.shape[0]]), rope(k, cos, sin)
         if cache is None:
             out = block_attention(q, k, v, mask)
         else:
@@ -60,4 +75,13 @@ class Attention(nn.Module):
                 raise TypeError(f"mask: expected a DiffusionMask with a cache, got {type(mask).__name__}")
             out = cached_block_attention(q, k, v, cache.keys[self.layer], cache.values[self.layer], cache.page_table, mask)
             cache.record(self.layer, k, v)
-        return self.dense(out.reshape(x.shape[0], -1))
+        return self.dense(out.reshape(q.shape[0], -1))
+
+    def _fewer_queries(self, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first ``count`` tokens, keys and values of all."""
+        sizes = [self.heads[0] * self.head_dim, 2 * self.heads[1] * self.head_dim]
+        weights = self.qkv.weight.split(sizes)
+        biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        q = F.linear(x[:count], weights[0], biases[0]).view(count, self.heads[0], self.head_dim)
+        k, v = F.linear(x, weights[1], biases[1]).view(x.shape[0], 2 * self.heads[1], self.head_dim).chunk(2, dim=1)
+        return q, k, v

@@ -39,13 +39,16 @@ class Block(nn.Module):
         mask: DiffusionMask | Tensor,
         cache: Any = None,
         router_outputs: dict[int, RouterOutput] | None = None,
+        num_outputs: int | None = None,
     ) -> Tensor:
-        """[T, hidden_size] -> the same. Arguments as :class:`Attention`; a router's output goes to ``router_outputs[layer]``.
+        """[T, hidden_size] -> the same, or its first ``num_outputs`` rows. Arguments as :class:`Attention`.
+
+        A router's output goes to ``router_outputs[layer]``.
 
         Precision: sums and norms rounded in the dtype of x.
         Determinism: bitwise repeatable.
         """
-        x = x + self.attention(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x[:num_outputs] + self.attention(self.input_layernorm(x), cos, sin, mask, cache, num_outputs)
         y = self.post_attention_layernorm(x)
         if isinstance(self.mlp, GatedMLP):
             return x + self.mlp(y)

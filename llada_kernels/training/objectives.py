@@ -187,6 +187,7 @@ def loss_terms(
     confidence: bool = False,
     confidence_temperature: float = 1.0,
     router_outputs: dict[int, Any] | None = None,
+    every_token: bool = False,
 ) -> LossTerms:
     """Forward one micro-batch; logits exist only where the weight is not zero.
 
@@ -197,13 +198,15 @@ def loss_terms(
         seed, step: key of that noise.
         confidence: also sum the entropy (at ``confidence_temperature``) of masked tokens predicted correctly: CAP.
         router_outputs: filled by the model, layer index -> router logits and routing.
+        every_token: also run the last layer for the clean copy, which no loss reads (for losses on the router's outputs).
 
     Precision: cross entropy and sums in fp32 or wider. Determinism: bitwise for equal arguments.
     """
     inputs: dict[str, Any] = {"input_ids": prepared.input_ids}
     if embedding_sigma > 0.0:
         inputs = {"inputs_embeds": _noisy_embeddings(model, prepared, embedding_sigma, seed, step)}
-    hidden = model.backbone(**inputs, mask=prepared.mask, router_outputs=router_outputs)
+    outputs = None if every_token or len(prepared.targets) == len(prepared.input_ids) else len(prepared.targets)
+    hidden = model.backbone(**inputs, mask=prepared.mask, router_outputs=router_outputs, num_outputs=outputs)
     out = lm_loss(
         hidden[: len(prepared.targets)], model.lm_head_weight, prepared.targets,
         prepared.weights.to(torch.promote_types(torch.float32, hidden.dtype)),

@@ -227,6 +227,7 @@ class Trainer:
         arguments: dict[str, Any] = {
             "embedding_sigma": self._embedding_sigma(step), "seed": config.seed, "step": step,
             "confidence": confidence > 0, "confidence_temperature": config.confidence_temperature,
+            "every_token": bool(config.router_aux_loss or config.router_z_loss),
         }  # fmt: skip
         total_tokens = sum(p.input_ids.numel() for p in parts)
         correct = 0.0
