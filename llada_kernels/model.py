@@ -307,10 +307,7 @@ class Model(nn.Module):
             if states is not None:
                 states.append(x)
             arguments = (x, cos, sin, inputs.mask, cache, routers, num_outputs if block is self.layers[-1] else None)
-            if recompute:
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)
+            x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else block(*arguments)
         x = self.norm(x)
         if states is not None:
             states.append(x)
