@@ -91,6 +91,10 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
       const auto weights = [&](int64_t row, int64_t n) {
         return expert_rows(p.w_gate_up, block.expert, 2 * p.width, k, row, n, own.weights.get());
       };
+      const int64_t rows = block.end - block.begin;
+      const auto multiply_few = [&](int64_t row, int64_t n, float* out) {
+        gemm_few(p.w_gate_up, block.expert, 2 * p.width, k, row, n, gathered.get(), rows, out, kHalf, own.weights.get());
+      };
       const auto activate = [&](int64_t r, int64_t m, int64_t i0, int64_t n) {
         for (int64_t i = 0; i < m; ++i) {
           const int64_t at = (r + i) * p.width + i0;
@@ -103,15 +107,14 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
           });
         }
       };
-      const int64_t rows = block.end - block.begin;
       gather(p, static_cast<const T*>(p.x), block.begin, rows, gathered.get());
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
         if (rows < kPackRowsFrom) {
           for (int64_t j = 0; j < n; j += kDotColumns) {  // two streams of weights, each in the order of memory
             const int64_t c = least(kDotColumns, n - j);
-            gemm_stream(gathered.get(), k, rows, weights(i0 + j, c), c, k, gate + j, kHalf);
-            gemm_stream(gathered.get(), k, rows, weights(p.width + i0 + j, c), c, k, up + j, kHalf);
+            multiply_few(i0 + j, c, gate + j);
+            multiply_few(p.width + i0 + j, c, up + j);
           }
           activate(block.begin, rows, i0, n);
           continue;
@@ -147,7 +150,7 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = least(kTile, columns - j);
       if (rows < kPackRowsFrom) {
-        gemm_stream(act.get() + block.begin * k, k, rows, weights(h0 + j, n), n, k, tile, kTile);
+        gemm_few(p.w_down, block.expert, p.hidden, k, h0 + j, n, act.get() + block.begin * k, rows, tile, kTile, own.weights.get());
         place(block.begin, rows, j, n);
         continue;
       }
