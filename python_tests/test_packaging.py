@@ -1,4 +1,4 @@
-"""Installing and importing: wheel and sdist outside the source tree, a missing or broken library, the build's switches."""
+"""Installing and importing: a wheel made from the sdist outside the source tree, a missing or broken library, the build's switches."""
 
 from __future__ import annotations
 
@@ -25,33 +25,58 @@ def run_python(code: str, package_parent: Path, **environment: str) -> subproces
     return subprocess.run([sys.executable, "-P", "-c", code], cwd=package_parent, env=env, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist, built through the backend shim."""
-    out = tmp_path_factory.mktemp("dist")
-    code = f"import build_backend as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "build_tools")}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+def call_backend(hook: str, source: Path, out: Path, **environment: str) -> Path:
+    """Call a hook of the backend shim in a source tree, as a front end does; returns what it built."""
+    code = f"import build_backend, sys; print(); print(build_backend.{hook}(sys.argv[1]))"
+    env = {**os.environ, "PYTHONPATH": str(source / "build_tools"), **environment}
+    result = subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return out
+    return out / result.stdout.split()[-1]
 
 
-def test_wheel_runs_outside_the_source_tree(distributions, tmp_path):
-    (wheel,) = distributions.glob("*.whl")
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return call_backend("build_sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package, come the whole way: sdist, unpacked and compiled anew elsewhere, wheel, pip."""
+    work = tmp_path_factory.mktemp("from_sdist")
+    shutil.unpack_archive(sdist, work / "unpacked")
+    (source,) = (work / "unpacked").iterdir()
+    wheel = call_backend("build_wheel", source, work, LLADA_KERNELS_BUILD_DIR=str(work / "cmake"))
     assert "-py3-none-" in wheel.name
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), str(wheel)], check=True)
-    result = run_python(CALL.format(", backend='native'") + "; import llada_kernels; print(llada_kernels.__file__)", tmp_path)
+    shutil.rmtree(work / "unpacked")
+    shutil.rmtree(work / "cmake")
+    target = work / "target"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+def test_a_wheel_from_the_sdist_runs_outside_the_source_tree(installed):
+    result = run_python(CALL.format(", backend='native'") + "; import llada_kernels; print(llada_kernels.__file__)", installed)
     assert result.returncode == 0, result.stderr
     total, where = result.stdout.split()
     assert float(total) == pytest.approx(8, abs=1e-4)
-    assert Path(where).is_relative_to(tmp_path)
+    assert Path(where).is_relative_to(installed)
+    facts = run_python("import sys; from llada_kernels.info import main; sys.exit(main(['--json']))", installed)
+    ops = json.loads(facts.stdout)["ops"]
+    assert len(ops) >= 10 and all(backends == ["native", "reference"] for backends in ops.values())
 
 
-def test_sdist_holds_what_the_build_needs(distributions):
-    (sdist,) = distributions.glob("*.tar.gz")
+def test_the_installed_package_holds_every_module(installed):
+    ours = {p.relative_to(ROOT) for p in (ROOT / "llada_kernels").rglob("*.py")}
+    assert ours <= {p.relative_to(installed) for p in (installed / "llada_kernels").rglob("*.py")}
+    assert (installed / "llada_kernels" / "py.typed").exists() and (installed / "llada_kernels" / "_C.so").exists()
+    assert not (installed / "csrc").exists() and not (installed / "python_tests").exists()
+
+
+def test_sdist_holds_what_the_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "build_tools/build_backend.py", "csrc/bindings/library.cpp", "LICENSE"}
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "build_tools/build_backend.py", "LICENSE"}
+    needed |= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
     assert needed <= names
     assert not [name for name in names if name.endswith(".so")]
 
