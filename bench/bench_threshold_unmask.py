@@ -26,6 +26,8 @@ def cases(settings: Settings) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         if settings.wants(name := f"greedy 1 x {LENGTH} x {vocab}", dtype):
             yield sampler(name, 1, vocab, dtype, {"threshold": 0.9}, settings)
+    if settings.wants(name := f"greedy 1 x 1 x {vocab}", torch.float32):
+        yield sampler(name, 1, vocab, torch.float32, {"threshold": 0.9}, settings, length=1)
     if settings.wants(name := f"greedy 8 x {LENGTH} x {vocab}", torch.bfloat16):
         yield sampler(name, 8, vocab, torch.bfloat16, {"threshold": 0.9, "editing_threshold": 0.9}, settings)
     if settings.wants(name := f"temperature 1, top_p 0.95, 1 x {LENGTH} x {vocab}", torch.float32):
@@ -37,15 +39,17 @@ def softmax_max(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1, dtype=torch.float32).max(-1)
 
 
-def sampler(name: str, rows: int, vocab: int, dtype: torch.dtype, options: dict[str, Any], settings: Settings) -> Case:
+def sampler(
+    name: str, rows: int, vocab: int, dtype: torch.dtype, options: dict[str, Any], settings: Settings, length: int = LENGTH
+) -> Case:
     generator = torch.Generator().manual_seed(0)
     # A trained model is sure of some positions and not of others: spreads of 1 to 6.
-    spread = torch.linspace(1, 6, LENGTH)[:, None]
-    logits = (torch.randn(rows, LENGTH, vocab, generator=generator) * spread).to(dtype)
+    spread = torch.linspace(1, 6, length)[:, None]
+    logits = (torch.randn(rows, length, vocab, generator=generator) * spread).to(dtype)
     mask_id = vocab - 1
     logits[..., mask_id] = -30.0
-    tokens = torch.randint(0, mask_id, (rows, LENGTH), generator=generator)
-    tokens[:, LENGTH // 4 :] = mask_id
+    tokens = torch.randint(0, mask_id, (rows, length), generator=generator)
+    tokens[:, length // 4 :] = mask_id
     copies = rotate(logits.clone, logits.numel() * logits.element_size(), settings.quick)
     expected = threshold_unmask(logits, tokens, mask_id, backend="reference", **options)
     exact = equal([expected.tokens, expected.confidence, expected.counts])
@@ -54,7 +58,7 @@ def sampler(name: str, rows: int, vocab: int, dtype: torch.dtype, options: dict[
         variants.append(Variant("softmax + max", lambda: softmax_max(next(copies))))
     confidence = close([expected.confidence], 1e-4, lambda r: [r[0]])
     return Case(
-        "threshold_unmask", name, dtype, {"rows": rows, "length": LENGTH, "vocabulary": vocab, **options}, variants,
+        "threshold_unmask", name, dtype, {"rows": rows, "length": length, "vocabulary": vocab, **options}, variants,
         lambda r: exact(r) if isinstance(r, Unmasked) else confidence(r), None, float(logits.numel() * logits.element_size()),
     )  # fmt: skip
 

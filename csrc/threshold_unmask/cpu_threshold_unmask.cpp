@@ -283,7 +283,7 @@ Choice sample(const ThresholdUnmaskParams& p, int64_t row, const T* x, const Bes
 template <class T>
 void choose_tokens(const ThresholdUnmaskParams& p, const PartSum* all_sums, const Best* all_best, int64_t runs, const Parallel& parallel) {
   const int64_t parts = (p.vocab + kPart - 1) / kPart;
-  parallel.ranges(p.rows * p.length, p.temperature != nullptr ? 1 : 16, [&](int64_t begin, int64_t end) {
+  parallel.ranges(p.rows * p.length, p.temperature != nullptr ? 1 : 64, [&](int64_t begin, int64_t end) {
     std::vector<double> scratch;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / p.length, column = item % p.length;
