@@ -1,4 +1,4 @@
-"""moe_mlp at the geometry of the mini model, 1 to 8192 tokens, three distributions of the routing; forward, and with backward."""
+"""moe_mlp at the geometry of the mini model: 1 to 8192 tokens, three kinds of routing, forward and with backward, quantised experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llada_kernels.ops import Routing
+from llada_kernels.ops import QuantizedExperts, Routing
 from llada_kernels.ops.moe_mlp import moe_mlp
 
 from .checks import as_exact_as
@@ -28,6 +28,8 @@ FULL = {
     torch.bfloat16: [(1, "uniform"), *[(32, r) for r in ROUTINGS], *[(512, r) for r in ROUTINGS], (2048, "uniform"), (8192, "uniform")],
     torch.float32: [(32, "uniform"), (512, "uniform")],
 }
+#: kind of the experts: tokens of its cases, and how far values may be from those of the unquantised weights (Frobenius, relative)
+QUANTIZED = {"int8": ((32, 512), 0.015), "int4": ((32, 512), 0.17)}
 QUICK = {torch.bfloat16: [(1, "uniform"), (32, "llada-block")], torch.float32: [(32, "zipf0.5")]}
 
 
@@ -44,6 +46,51 @@ def cases(settings: Settings) -> Iterator[Case]:
                 continue
             weights = expert_weights(dtype, experts, width, hidden) if weights is None else weights
             yield (forward_backward if backward else forward)(name, tokens, kind, dtype, weights, settings)
+        if dtype == torch.bfloat16:
+            yield from quantized_cases(settings, experts, width, hidden, weights)
+
+
+def quantized_cases(
+    settings: Settings, experts: int, width: int, hidden: int, weights: tuple[Tensor, Tensor] | None
+) -> Iterator[Case]:  # fmt: skip
+    for kind, (all_tokens, bound) in QUANTIZED.items():
+        packed = None
+        for tokens in all_tokens[: 1 if settings.quick else None]:
+            if settings.wants(name := f"{tokens} tokens, uniform, {kind} experts, forward", torch.bfloat16):
+                weights = expert_weights(torch.bfloat16, experts, width, hidden) if weights is None else weights
+                packed = [QuantizedExperts.quantize(w, kind) for w in weights] if packed is None else packed
+                yield quantized(name, tokens, weights, packed, bound, settings)
+
+
+def quantized(
+    name: str, tokens: int, weights: tuple[Tensor, Tensor], packed: list[QuantizedExperts], bound: float, settings: Settings
+) -> Case:
+    """The same layer with quantised and with bf16 weights; the latter is other work (more bytes), compared by its rate."""
+    x, routing = make(tokens, "uniform", torch.bfloat16, weights)
+    sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:16]
+    exact = exact_tokens(x, routing, *weights, sample, torch.float64)
+
+    def call(backend: str, gate_up: Tensor | QuantizedExperts, down: Tensor | QuantizedExperts) -> Tensor:
+        with torch.no_grad():
+            return moe_mlp(x, routing, gate_up, down, backend=backend)
+
+    def check(y: Tensor) -> str | None:
+        error = float((y[sample].double() - exact).norm() / exact.norm())
+        return None if error <= bound else f"relative error {error:.4f}, allowed {bound}"
+
+    rows = routing.offsets.diff()
+    distinct, (experts, hidden, width) = int((rows > 0).sum()), weights[1].shape
+    size = sum(t.numel() * t.element_size() for q in packed for t in (q.data, q.scales)) / experts * distinct + 4.0 * x.numel()
+    variants = backends(OP, lambda backend: call(backend, *packed))
+    if settings.threads > 1:
+        variants.insert(1, Variant("native, 1 thread", lambda: call("native", *packed), threads=1))
+    variants.append(Variant("native, bf16 weights", lambda: call("native", *weights), "yardstick"))
+    shapes = {
+        "tokens": tokens, "hidden": hidden, "width": width, "experts": experts, "top_k": routing.topk_ids.shape[1],
+        "distinct_experts": distinct, "group_size": packed[0].group_size,
+    }  # fmt: skip
+    flops = 6.0 * tokens * routing.topk_ids.shape[1] * width * hidden
+    return Case("moe_mlp", name, torch.bfloat16, shapes, variants, check, flops, size)
 
 
 def forward(name: str, tokens: int, kind: str, dtype: torch.dtype, weights: tuple[Tensor, Tensor], settings: Settings) -> Case:

@@ -72,7 +72,11 @@ __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stri
         for (int half = 0; half < kPanel; half += kLanes) {
           VecU rows[kLanes];
 #pragma GCC unroll 16
-          for (int c = 0; c < kLanes; ++c) rows[c] = load_packed(b + (j + half + c) * n_stride + done * kDepth);
+          for (int c = 0; c < kLanes; ++c) {
+            const T* row = b + (j + half + c) * n_stride + done * kDepth;
+            __builtin_prefetch(row + kPanel * n_stride, 0, 2);  // the next panel, which is wanted as soon as this one is multiplied
+            rows[c] = load_packed(row);
+          }
           transpose(rows);
 #pragma GCC unroll 16
           for (int c = 0; c < kLanes; ++c) std::memcpy(packed + (done + c) * kPanel + half, &rows[c], sizeof(VecU));
@@ -145,6 +149,13 @@ inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, floa
     }
 }
 
+template <int M, class T>
+inline void packed_rows(int64_t m, const T* a, int64_t lda, const float* b, int64_t k, float* c, int64_t ldc, bool accumulate,
+                        int64_t columns) {
+  if (m == M) return packed_tile<M>(a, lda, b, k, c, ldc, accumulate, columns);
+  if constexpr (M > 1) packed_rows<M - 1>(m, a, lda, b, k, c, ldc, accumulate, columns);
+}
+
 // panel: 32-bit elements from one panel of `packed` to the next, where it was packed for more k than are multiplied here; 0: as many.
 template <class T>
 __attribute__((noinline)) void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
@@ -153,11 +164,11 @@ __attribute__((noinline)) void gemm_packed(const T* a, int64_t lda, int64_t m, c
   for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
     const float* b = reinterpret_cast<const float*>(packed);
     const int64_t columns = n - j < kPanel ? n - j : kPanel;
-    int64_t i = 0;
-    for (; i + kPackedRows <= m; i += kPackedRows)
-      packed_tile<kPackedRows>(a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
-    for (; i + 4 <= m; i += 4) packed_tile<4>(a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
-    for (; i < m; ++i) packed_tile<1>(a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
+    const int64_t tiles = (m + kPackedRows - 1) / kPackedRows;  // of rows, alike in size: each reads all of the panel
+    for (int64_t t = 0, i = 0, end; t < tiles; ++t, i = end) {
+      end = m * (t + 1) / tiles;
+      packed_rows<kPackedRows>(end - i, a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
+    }
   }
 }
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kStepRows = 48;                     // rows multiplied while they are in a near cache; a multiple of the kernels' rows
 constexpr int64_t kBlockRows = 8 * kStepRows;         // rows of one work item, at most
 constexpr int64_t kTile = 64;                         // columns of one work item
-constexpr int64_t kSumRows = 128, kSumColumns = 256;  // tile of a weight gradient
+constexpr int64_t kSumRows = 256, kSumColumns = 256;  // tile of a weight gradient
 constexpr int64_t kSumDepth = 256;                    // rows of an expert that it takes in one step
 
 // Rows from which packing a weight tile pays (measured): without, rows of B are used as dot products, or columns with strides.
