@@ -27,6 +27,8 @@ def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w
     """See :func:`llada_kernels.ops.moe_mlp`."""
     tokens, top_k = routing.topk_ids.shape
     slots = routing.permutation.long()
+    if slots.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(slots.sort().values, torch.arange(len(slots))):
+        raise ValueError(f"permutation: expected each of 0 to {len(slots) - 1} once, got {routing.permutation.tolist()[:8]}...")
     gate, up = _product(x[slots // top_k], w_gate_up, routing.offsets).chunk(2, -1)
     rows = _product(silu(gate) * up, w_down, routing.offsets)
     place = torch.empty_like(slots).scatter_(0, slots, torch.arange(slots.shape[0], device=slots.device))

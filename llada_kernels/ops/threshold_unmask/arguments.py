@@ -109,35 +109,26 @@ def _per_row(
     integral = dtype == torch.int64
     if isinstance(value, bool | str) or not isinstance(value, int | float | Sequence | Tensor):
         raise TypeError(f"{name}: expected a number or one per row, got {type(value).__name__}")
-    given: list[float] | None = None
+    given: Sequence[float] = ()
     if isinstance(value, int | float):
         given = [value]
-        result = torch.full((rows,), value, dtype=dtype, device=device) if _whole(value, integral) \
-            else torch.empty(0)  # fmt: skip
     elif isinstance(value, Tensor):
-        if value.ndim == 0:
-            value = value.expand(rows)
+        value = value.expand(rows) if value.ndim == 0 else value
         if integral and (value.is_floating_point() or value.dtype == torch.bool):
             raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}")
         check_shape(name, value, rows)
-        result = value.to(device=device, dtype=dtype)
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             given = value.tolist()
     else:
         given = list(value)
         if len(given) != rows:
             raise ValueError(f"{name}: expected one number per row ({rows}), got {len(given)}")
-        result = torch.tensor(given, dtype=dtype, device=device) if all(
-            _whole(v, integral) for v in given
-        ) else torch.empty(0)  # fmt: skip
-    for v in given or ():
-        if not _whole(v, integral):
-            raise ValueError(f"{name}: expected integers, got {v}")
-        if not low <= v <= high or v in (math.inf, -math.inf):
-            span = f"in [{low}, {high}]" if high < math.inf else f"at least {low} and finite"
+    for v in given:
+        if isinstance(v, bool) or not isinstance(v, int if integral else int | float):
+            raise ValueError(f"{name}: expected {'integers' if integral else 'numbers'}, got {v!r}")
+        if not low <= v <= high or v in (math.inf, -math.inf) or (integral and not -(2**63) <= v < 2**63):
+            span = f"in [{low}, {high}]" if high < math.inf else f"at least {low} and {'below 2^63' if integral else 'finite'}"
             raise ValueError(f"{name}: expected numbers {span}, got {v}")
-    return result
-
-
-def _whole(value: float, integral: bool) -> bool:
-    return not integral or isinstance(value, int)
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.tensor(given, dtype=dtype, device=device).expand(rows).contiguous()
