@@ -1,5 +1,6 @@
 #include "grouped_gemm/params.h"
 
+#include "bindings/huge_pages.h"
 #include "bindings/routing_checks.h"
 
 namespace llada {
@@ -31,7 +32,7 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward(const Tensor& grad, const Tenso
   check_tensor("b", b, a.scalar_type(), {groups, n, k});
   check_offsets(offsets, groups, rows);
   Tensor grad_a = need_a ? torch::stable::empty_like(a) : torch::stable::new_empty(a, {0});
-  Tensor grad_b = need_b ? torch::stable::empty_like(b) : torch::stable::new_empty(b, {0});
+  Tensor grad_b = need_b ? in_huge_pages(torch::stable::empty_like(b)) : torch::stable::new_empty(b, {0});
   grouped_gemm_backward_cpu(
       {is_bf16, rows, groups, n, k, grad.const_data_ptr(), a.const_data_ptr(), b.const_data_ptr(), offsets.const_data_ptr<int32_t>(),
        need_a ? grad_a.mutable_data_ptr() : nullptr, need_b ? grad_b.mutable_data_ptr() : nullptr},

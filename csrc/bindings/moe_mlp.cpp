@@ -1,5 +1,6 @@
 #include "moe_mlp/params.h"
 
+#include "bindings/huge_pages.h"
 #include "bindings/routing_checks.h"
 
 namespace llada {
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(const Tensor& grad_o
   check_tensor("grad_out", grad_out, x.scalar_type(), {s.tokens, s.hidden});
   check_tensor("pre_activation", pre_activation, x.scalar_type(), {s.tokens * s.top_k, 2 * s.width});
   const auto wanted = [](const Tensor& like, bool need) {
-    return need ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
+    return need ? in_huge_pages(torch::stable::empty_like(like)) : torch::stable::new_empty(like, {0});
   };
   Tensor grad_x = wanted(x, need_x), grad_w_gate_up = wanted(w_gate_up, need_w_gate_up), grad_w_down = wanted(w_down, need_w_down);
   Tensor grad_weights = torch::stable::empty_like(topk_weights);
