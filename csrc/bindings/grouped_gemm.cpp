@@ -1,6 +1,5 @@
 #include "grouped_gemm/params.h"
 
-#include "bindings/huge_pages.h"
 #include "bindings/routing_checks.h"
 
 namespace llada {

@@ -1,6 +1,5 @@
 #include "moe_mlp/params.h"
 
-#include "bindings/huge_pages.h"
 #include "bindings/routing_checks.h"
 
 namespace llada {
@@ -51,7 +50,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
                                    const Tensor& w_gate_up, const Tensor& w_down, bool save) {
   const Sizes s = check_arguments(x, topk_weights, offsets, permutation, w_gate_up, w_down);
   Tensor out = torch::stable::empty_like(x);
-  Tensor pre_activation = torch::stable::new_empty(x, {save ? s.tokens * s.top_k : 0, 2 * s.width});
+  Tensor pre_activation = in_huge_pages(torch::stable::new_empty(x, {save ? s.tokens * s.top_k : 0, 2 * s.width}));
   moe_mlp_cpu({s.bf16,
                s.tokens,
                s.top_k,

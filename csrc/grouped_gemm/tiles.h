@@ -3,6 +3,8 @@
 
 #include <memory>
 
+#include "common/huge_pages.h"
+
 #include "common/gemm.h"
 #include "common/packed_gemm.h"
 
@@ -28,7 +30,9 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 inline auto scratch(int64_t n) {
-  return std::make_unique_for_overwrite<T[]>(size_t(n));
+  auto memory = std::make_unique_for_overwrite<T[]>(size_t(n));
+  advise_huge_pages(memory.get(), size_t(n) * sizeof(T));
+  return memory;
 }
 
 // Into how many parts the tiles of each of `blocks` blocks are cut: one if that gives every thread enough items to choose from. An item
