@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from . import compare, report
@@ -33,17 +34,20 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         print(f"unknown bench {', '.join(unknown)}; there are {', '.join(names())}", file=sys.stderr)
         return 2
-    failed = []
+    failed, seconds = [], {}
     with tempfile.TemporaryDirectory() as folder:
         collected = Path(folder) / "results.json"
         for name in arguments.names or names():
             command = [sys.executable, "-m", f"bench.bench_{name}", "--json", str(collected), "--threads", str(arguments.threads)]
             command += ["--quick"] * arguments.quick + ["--only", arguments.only] * bool(arguments.only)
             command += [] if arguments.seconds is None else ["--seconds", str(arguments.seconds)]
+            begin = time.perf_counter()
             if subprocess.run(command, cwd=ROOT).returncode:
                 failed.append(name)
+            seconds[name] = time.perf_counter() - begin
         if collected.exists():
             _keep(read(collected)["benches"], arguments)
+    print("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()) + f"; together {sum(seconds.values()):.0f}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -37,7 +37,7 @@ def sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], mask
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: DiffusionMask) -> Callable[[], Tensor]:
-    """FlexAttention, compiled when it is first called; forward only, as its CPU kernel."""
+    """FlexAttention, compiled when it is first called, which takes most of a minute; forward only, as its CPU kernel."""
     state: dict[str, Any] = {}
 
     def run() -> Tensor:

@@ -29,6 +29,8 @@ class Settings:
         seconds: time for the repetitions of one variant.
         min_reps: fewest repetitions of a variant that takes less than a second.
         max_reps: most repetitions.
+        once: a first, checked call that took longer than this many seconds is the variant's one sample (n=1); one that took more than
+            half as long is a sample too, and there is one more (n=2).
     """
 
     quick: bool = False
@@ -37,6 +39,7 @@ class Settings:
     seconds: float = 1.0
     min_reps: int = 5
     max_reps: int = 300
+    once: float = 20.0
 
     @classmethod
     def of(cls, quick: bool, threads: int, only: str = "", seconds: float | None = None) -> Settings:
@@ -60,6 +63,7 @@ class Variant:
         threads: other than those of the settings, or None.
         flops: of a yardstick, which does other work than the case.
         extra: further facts for the row, such as peak memory; asked for once, after timing.
+        prepare: what is done once before the first call and is no part of its time, such as compiling.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Variant:
     threads: int | None = None
     flops: float | None = None
     extra: Callable[[], dict[str, Any]] | None = None
+    prepare: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -181,7 +186,15 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, clock: Callable[
             # A call far below a millisecond is timed in groups: the clock itself costs some 50 ns.
             running.append(_Running(variant, row, first, max(1, min(1000, int(2e-4 / max(first, 1e-9))))))
     # The first call of a fast variant is mostly set-up; one of a slow variant is worth more than another that only estimates.
-    counts = [repetitions((s.first if s.first > 0.5 else _seconds_of_call(s, clock)) * s.calls, settings) for s in running]
+    counts: list[int] = []
+    for state in running:
+        # Set-up is nothing beside a call of many seconds, and a run of all benches has to end.
+        if state.first > settings.once / 2:
+            state.samples.append(state.first)
+            counts.append(0 if state.first > settings.once else 1)
+        else:
+            estimate = state.first if state.first > 0.5 else _seconds_of_call(state, clock)
+            counts.append(repetitions(estimate * state.calls, settings))
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -207,6 +220,8 @@ def _row(case: Case, variant: Variant, settings: Settings) -> dict[str, Any]:
 def _first_call(case: Case, variant: Variant, row: dict[str, Any], clock: Callable[[], float]) -> float | None:
     """Warm up and check; the seconds of a call, or None after noting in the row why there will be no time."""
     try:
+        if variant.prepare is not None:
+            variant.prepare()
         begin = clock()
         result = variant.run()
         elapsed = clock() - begin

@@ -18,12 +18,13 @@ HEAD = """# Performance
 Written by `python -m bench report` from the files in `bench/results`; do not edit. `python -m bench` measures this machine (see
 `python -m bench --help`).
 
-How to read the tables. *time* is the median of repetitions in which all variants of a row took turns; the 10th and 90th percentile are in
-parentheses. *rate* counts true work only: visible query-key pairs, rows that exist, positions with weight; bytes that must be read or
-written at least once. *of the ceiling* is the least time that this machine needs for that work over the time taken. The least time comes
-from the read bandwidth and the matrix-product rate measured in the same run, whichever takes longer (mem: bandwidth, GEMM: arithmetic). The
-other columns are baselines in the same run: their time, and how many times longer they took than ours. A variant whose values did not pass
-the check has no time. "(rate)" marks a yardstick that does other work: there our rate is divided by its rate.
+How to read the tables. *time* is the median of repetitions in which all variants of a row took turns; the 10th and 90th percentile are
+in parentheses ("n=1": one call, because it takes longer than 20 s). *rate* counts true work only: visible query-key pairs, rows that
+exist, positions with weight; bytes that must be read or written at least once. *of the ceiling* is the least time that this machine
+needs for that work over the time taken. The least time comes from the read bandwidth and the matrix-product rate measured in the same
+run, whichever takes longer (mem: bandwidth, GEMM: arithmetic). The other columns are baselines in the same run: their time, and how
+many times longer they took than ours. A variant whose values did not pass the check has no time. "(rate)" marks a yardstick that does
+other work: there our rate is divided by its rate.
 """
 
 SCALES = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "us", 1e6))
@@ -127,7 +128,7 @@ def own_cells(row: dict[str, Any], memory: bool) -> list[str]:
     if "seconds" not in row:
         return [f"{row['status']}", "", ""]
     s = row["seconds"]
-    time = f"**{duration(s['median'])}** ({duration(s['p10'])} - {duration(s['p90'])})"
+    time = f"**{duration(s['median'])}**" + (once(row) or f" ({duration(s['p10'])} - {duration(s['p90'])})")
     rates = [f"{number(row[k])} {unit}" for k, unit in (("gflops", "GFLOP/s"), ("gbytes", "GB/s")) if row.get(k)]
     # Of two rates the one that the ceiling is about; the other is in the JSON file.
     rate = rates[-1] if row.get("bound") == "bandwidth" else rates[0] if rates else ""
@@ -139,9 +140,14 @@ def own_cells(row: dict[str, Any], memory: bool) -> list[str]:
 def other_cell(row: dict[str, Any], other: dict[str, Any], memory: bool) -> str:
     if "seconds" not in other:
         return str(other["status"])
-    time = duration(other["seconds"]["median"])
+    time = duration(other["seconds"]["median"]) + once(other)
     ratio = row.get("ratios", {}).get(other["variant"])
     return time + ("" if ratio is None else f", {number(ratio)}x") + peak(other, memory)
+
+
+def once(row: dict[str, Any]) -> str:
+    """What to say of a time that is one sample."""
+    return " (n=1)" if row["seconds"]["reps"] == 1 else ""
 
 
 def peak(row: dict[str, Any], memory: bool) -> str:

@@ -72,6 +72,20 @@ def test_repetitions_fill_the_time_within_bounds():
     assert [repetitions(s, settings) for s in (1e-6, 0.1, 0.5, 2.0, 12.0)] == [300, 10, 5, 3, 2]
 
 
+def test_a_call_of_many_seconds_is_not_repeated_and_preparing_is_not_timed():
+    clock = Clock()
+    minute, long, short = clock.variant("minute", [60.0]), clock.variant("long", [11.0, 13.0]), clock.variant("short", [2.0], role="ours")
+
+    def compile_first() -> None:
+        clock.now += 50.0
+
+    prepared = clock.variant("prepared", [4.0], prepare=compile_first)
+    rows = measure(case([minute, long, short, prepared]), Settings(seconds=0.0, once=20.0), CEILINGS, clock)
+    assert [(r["seconds"]["reps"], r["seconds"]["median"]) for r in rows] == [(1, 60.0), (2, 12.0), (3, 2.0), (3, 4.0)]
+    assert [clock.calls.count(name) for name in ("minute", "long", "short", "prepared")] == [1, 2, 4, 4]
+    assert rows[2]["ratios"] == {"minute": 30.0, "long": 6.0, "prepared": 2.0}
+
+
 @pytest.mark.parametrize("counts", [[3], [1, 1, 1], [2, 20], [5, 300, 7], []])
 def test_interleaving_keeps_counts_and_spreads_each_variant(counts):
     order = interleave(counts)
@@ -261,6 +275,9 @@ def test_the_report_comes_from_result_files_alone(tmp_path):
     losing = page.split("### Where we lose")[1]
     assert "rms_norm, 8 x 8, float32, native: 0.80x F.rms_norm" in losing and "rope" in losing and "reference" not in losing
     figures = [path for path in written if path.suffix == ".svg"]
+    assert "4.00 ms, 4.00x" in page and "(n=1)" not in page
+    content["benches"]["rms_norm"]["rows"][1]["seconds"]["reps"] = 1
+    assert "4.00 ms (n=1), 4.00x" in report.markdown({"test-cpu": content})
     assert len(figures) == 2 and all(path.name in page for path in figures)
     before = [path.read_bytes() for path in written]
     assert [path.read_bytes() for path in report.rewrite(tmp_path / "results", tmp_path / "docs")] == before
