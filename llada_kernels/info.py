@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import _library, ops
+from .ops import _triton
 from .ops.dispatch import Backend
 
 __all__ = ["collect"]
@@ -34,7 +35,7 @@ def collect() -> dict[str, Any]:
         "triton": _version("triton"),
         "backends": {
             "native": _library.load_error or "loaded",
-            "triton": "no kernels in this version",
+            "triton": _triton.missing or "installed",
             "reference": "loaded",
         },
         "tile_planner": _tile_planner(),

@@ -50,9 +50,29 @@ def test_one_name_in_every_place(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_has_a_native_and_a_reference_backend(op):
-    assert [b.name for b in info.all_ops()[op]] == ["native", "reference"]
+def test_backends_of_every_op(op):
+    names = [b.name for b in info.all_ops()[op]]
+    assert names[0] == "native" and names[-1] == "reference" and names[1:-1] in ([], ["triton"])
     assert op in NATIVE_OPS
+    assert ("triton" in names) == (ROOT / "llada_kernels" / "ops" / op / "triton.py").exists()
+
+
+def test_every_triton_backend_is_run_and_compiled():
+    written = {p.parent.name for p in (ROOT / "llada_kernels" / "ops").glob("*/triton.py")}
+    tests = ROOT / "python_tests" / "triton"
+    assert written
+    for folder in ("values", "compiled"):
+        assert written == {p.stem.removeprefix("test_") for p in (tests / folder).glob("test_*.py")}, folder
+
+
+def test_importing_imports_no_triton_kernels():
+    code = (
+        "import sys, llada_kernels.ops, llada_kernels.info as info\n"
+        "info.collect()\n"
+        "print([m for m in sys.modules if m.endswith('triton_kernels')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
 def test_layers_point_one_way():

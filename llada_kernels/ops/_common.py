@@ -47,6 +47,8 @@ def native_reason(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = NAT
     if _library.load_error is not None:
         return f"the compiled library is not loaded: {_library.load_error}"
     for i, x in enumerate(t for t in tensors if t is not None):
+        if x.device.type == "cuda":
+            return "CUDA kernels not built"
         if x.device.type != "cpu":
             return f"native serves CPU tensors, got {x.device}"
         if i == 0 and x.dtype not in dtypes:

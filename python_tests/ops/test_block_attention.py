@@ -15,7 +15,9 @@ from llada_kernels.masks import DiffusionMask
 from llada_kernels.ops.block_attention import BACKENDS, block_attention
 from llada_kernels.testing import assert_as_exact_as
 
-NAMES = [b.name for b in BACKENDS]
+from ..backends import cpu_backends
+
+NAMES = cpu_backends(BACKENDS)
 GRID = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]]).bool()
 MASKS = {
     "training": lambda: DiffusionMask.block_diffusion([0, 7, 7, 20, 90], 4),

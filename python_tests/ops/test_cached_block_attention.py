@@ -11,7 +11,9 @@ from llada_kernels.ops.block_attention import block_attention
 from llada_kernels.ops.cached_block_attention import BACKENDS, cached_block_attention
 from llada_kernels.testing import assert_as_exact_as
 
-NAMES = [b.name for b in BACKENDS]
+from ..backends import cpu_backends
+
+NAMES = cpu_backends(BACKENDS)
 
 
 class Case:

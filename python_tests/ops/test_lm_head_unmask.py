@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from llada_kernels.ops import threshold_unmask
 from llada_kernels.ops.lm_head_unmask import BACKENDS, lm_head_unmask
 
-NAMES = [b.name for b in BACKENDS]
+from ..backends import cpu_backends
+
+NAMES = cpu_backends(BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16]
 #: rows, length, width, vocabulary: few and many positions, part and group boundaries, odd widths
 SHAPES = [

@@ -13,7 +13,9 @@ from llada_kernels.ops.moe_mlp import BACKENDS, moe_mlp
 from llada_kernels.ops.moe_routing import Routing
 from llada_kernels.testing import assert_as_exact_as
 
-NAMES = [b.name for b in BACKENDS]
+from ..backends import cpu_backends
+
+NAMES = cpu_backends(BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from llada_kernels.ops.moe_routing import BACKENDS, Routing, moe_routing
 
+from ..backends import cpu_backends
 from ..conftest import GOLDEN
 
-NAMES = [b.name for b in BACKENDS]
+NAMES = cpu_backends(BACKENDS)
 
 
 def best(values, count):

@@ -13,11 +13,12 @@ from llada_kernels import Model, explain
 from llada_kernels.ops import QuantizedExperts, Routing, moe_mlp
 from llada_kernels.ops.moe_mlp import BACKENDS
 
+from ..backends import cpu_backends
 from ..checkpoints import LLADA2
 from ..models import LLADA2 as CONFIG
 from ..models import random_model
 
-NAMES = [b.name for b in BACKENDS]
+NAMES = cpu_backends(BACKENDS)
 KINDS = ["int8", "int4"]
 DTYPES = [torch.float32, torch.bfloat16]
 WIDE = replace(CONFIG, hidden_size=64, moe_intermediate_size=64, shared_expert_intermediate_size=64)

@@ -6,7 +6,9 @@ import torch
 from llada_kernels.ops import explain
 from llada_kernels.ops.rope import BACKENDS, rope, rope_tables
 
-NAMES = [b.name for b in BACKENDS]
+from ..backends import cpu_backends
+
+NAMES = cpu_backends(BACKENDS)
 SHAPES = [  # tokens, heads, head_dim, rotary_dim
     (5, 3, 128, 64),
     (4, 2, 64, 64),

@@ -8,7 +8,9 @@ import torch
 
 from llada_kernels.ops.threshold_unmask import BACKENDS, reference, threshold_unmask
 
-NAMES = [b.name for b in BACKENDS]
+from ..backends import cpu_backends
+
+NAMES = cpu_backends(BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
