@@ -13,7 +13,7 @@ import torch
 
 from .ceilings import Ceilings
 
-__all__ = ["Case", "Settings", "Statistics", "Variant", "backends", "interleave", "measure", "repetitions", "statistics"]
+__all__ = ["Case", "Settings", "Statistics", "Stopwatch", "Variant", "backends", "interleave", "measure", "repetitions", "statistics"]
 
 Role = Literal["ours", "baseline", "yardstick"]
 
@@ -31,6 +31,7 @@ class Settings:
         max_reps: most repetitions.
         once: a first, checked call that took longer than this many seconds is the variant's one sample (n=1); one that took more than
             half as long is a sample too, and there is one more (n=2).
+        device, dtype: what benches of a GPU make their inputs on and in; the others name their own.
     """
 
     quick: bool = False
@@ -40,6 +41,8 @@ class Settings:
     min_reps: int = 5
     max_reps: int = 300
     once: float = 20.0
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.bfloat16
 
     @classmethod
     def of(cls, quick: bool, threads: int, only: str = "", seconds: float | None = None) -> Settings:
@@ -64,6 +67,7 @@ class Variant:
         flops: of a yardstick, which does other work than the case.
         extra: further facts for the row, such as peak memory; asked for once, after timing.
         prepare: what is done once before the first call and is no part of its time, such as compiling.
+        capture: on a GPU the call may be timed as a CUDA graph: it has no syncs and its launches outweigh its work.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Variant:
     flops: float | None = None
     extra: Callable[[], dict[str, Any]] | None = None
     prepare: Callable[[], Any] | None = None
+    capture: bool = False
 
 
 @dataclass
@@ -118,6 +123,28 @@ class Statistics:
     def as_dict(self) -> dict[str, float | int]:
         """Plain JSON types."""
         return dict(vars(self))
+
+
+class Stopwatch:
+    """Times calls on the host; the devices of other stopwatches run behind it."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def settle(self, variant: Variant, first: float) -> float:
+        """What a call takes, as far as it is known after its first, checked call of ``first`` seconds."""
+        return first
+
+    def calls(self, seconds: float) -> int:
+        """How many calls to time as one: the clock itself costs some 50 ns."""
+        return max(1, min(1000, int(2e-4 / max(seconds, 1e-9))))
+
+    def __call__(self, variant: Variant, calls: int) -> float:
+        """Seconds per call."""
+        begin = self.clock()
+        for _ in range(calls):
+            variant.run()
+        return (self.clock() - begin) / calls
 
 
 @dataclass
@@ -170,21 +197,21 @@ def backends(module: Any, call: Callable[[str], Any]) -> list[Variant]:
     return [Variant(b.name, (lambda name=b.name: call(name)), "baseline" if b.name == "reference" else "ours") for b in module.BACKENDS]
 
 
-def measure(case: Case, settings: Settings, ceilings: Ceilings, clock: Callable[[], float] = time.perf_counter) -> list[dict[str, Any]]:
+def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopwatch | None = None) -> list[dict[str, Any]]:
     """Check and time the variants of a case; one row per variant, in the case's order.
 
     A variant whose values are wrong, which raises, or which does not support the case has a row that says so, and no time.
     """
+    stopwatch = Stopwatch() if stopwatch is None else stopwatch
     rows: list[dict[str, Any]] = []
     running: list[_Running] = []
     for variant in case.variants:
         row = _row(case, variant, settings)
         rows.append(row)
         torch.set_num_threads(row["threads"])
-        first = _first_call(case, variant, row, clock)
+        first = _first_call(case, variant, row, stopwatch)
         if first is not None:
-            # A call far below a millisecond is timed in groups: the clock itself costs some 50 ns.
-            running.append(_Running(variant, row, first, max(1, min(1000, int(2e-4 / max(first, 1e-9))))))
+            running.append(_Running(variant, row, first, stopwatch.calls(first)))
     # The first call of a fast variant is mostly set-up; one of a slow variant is worth more than another that only estimates.
     counts: list[int] = []
     for state in running:
@@ -193,13 +220,13 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, clock: Callable[
             state.samples.append(state.first)
             counts.append(0 if state.first > settings.once else 1)
         else:
-            estimate = state.first if state.first > 0.5 else _seconds_of_call(state, clock)
+            estimate = state.first if state.first > 0.5 else _seconds_of_call(state, stopwatch)
             counts.append(repetitions(estimate * state.calls, settings))
     collecting = gc.isenabled()
     gc.disable()
     try:
         for index in interleave(counts):
-            running[index].samples.append(_seconds_of_call(running[index], clock))
+            running[index].samples.append(_seconds_of_call(running[index], stopwatch))
     finally:
         if collecting:
             gc.enable()
@@ -217,14 +244,14 @@ def _row(case: Case, variant: Variant, settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _first_call(case: Case, variant: Variant, row: dict[str, Any], clock: Callable[[], float]) -> float | None:
+def _first_call(case: Case, variant: Variant, row: dict[str, Any], stopwatch: Stopwatch) -> float | None:
     """Warm up and check; the seconds of a call, or None after noting in the row why there will be no time."""
     try:
         if variant.prepare is not None:
             variant.prepare()
-        begin = clock()
+        begin = stopwatch.clock()
         result = variant.run()
-        elapsed = clock() - begin
+        elapsed = stopwatch.clock() - begin
         problem = None if variant.role == "yardstick" else case.check(result)
     except Exception as error:  # a bench goes on without the variant, and its row says why
         row["status"] = "unsupported" if "does not support this call" in str(error) else "error"
@@ -233,17 +260,14 @@ def _first_call(case: Case, variant: Variant, row: dict[str, Any], clock: Callab
     if problem is not None:
         row["status"], row["reason"] = "failed", problem
         return None
-    return elapsed
+    del result
+    return stopwatch.settle(variant, elapsed)
 
 
-def _seconds_of_call(state: _Running, clock: Callable[[], float]) -> float:
-    run, calls = state.variant.run, state.calls
+def _seconds_of_call(state: _Running, stopwatch: Stopwatch) -> float:
     if torch.get_num_threads() != state.row["threads"]:
         torch.set_num_threads(state.row["threads"])
-    begin = clock()
-    for _ in range(calls):
-        run()
-    return (clock() - begin) / calls
+    return stopwatch(state.variant, state.calls)
 
 
 def _finish(row: dict[str, Any], case: Case, variant: Variant, seconds: Statistics, ceilings: Ceilings) -> None:

@@ -17,9 +17,9 @@ import torch
 
 from .ceilings import Ceilings
 from .environment import environment
-from .harness import Case, Settings, measure
+from .harness import Case, Settings, Stopwatch, measure
 
-__all__ = ["SCHEMA", "add_arguments", "main", "read", "run", "write"]
+__all__ = ["SCHEMA", "add_arguments", "main", "measure_cases", "read", "run", "write"]
 
 SCHEMA = 1
 Cases = Callable[[Settings], Iterator[Case]]
@@ -54,22 +54,38 @@ def run(name: str, cases: Cases, settings: Settings, show: Callable[[str], None]
     ceilings.measure(settings.threads, settings.quick)
     best = ", ".join(f"{k} threads {v['value'] / 1e9:.0f} G/s" for k, v in sorted(ceilings.values.items()))
     show(f"{name}: ceilings {best}")
-    rows: list[dict[str, Any]] = []
-    for case in cases(settings):
-        torch.manual_seed(0)
-        measured = measure(case, settings, ceilings)
-        rows += measured
-        show(f"  {case.name} {measured[0]['dtype']}")
-        for row in measured:
-            show(f"    {describe(row)}")
-        del case
-        _return_memory()
+    rows, _ = measure_cases(cases(settings), settings, ceilings, show)
     return {
         "about": (sys.modules[cases.__module__].__doc__ or "").strip().splitlines()[0],
         "environment": {**facts, "seconds": round(time.perf_counter() - begin, 1), "load_at_end": round(os.getloadavg()[0], 2)},
         "ceilings": ceilings.values,
         "rows": rows,
     }
+
+
+def measure_cases(
+    cases: Iterator[Case],
+    settings: Settings,
+    ceilings: Ceilings,
+    show: Callable[[str], None] = print,
+    stopwatch: Stopwatch | None = None,
+    seconds: float = float("inf"),
+) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of all cases, and whether there was time for all: after ``seconds`` no further case begins."""
+    begin = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        torch.manual_seed(0)
+        measured = measure(case, settings, ceilings, stopwatch)
+        rows += measured
+        show(f"  {case.name} {measured[0]['dtype']}")
+        for row in measured:
+            show(f"    {describe(row)}")
+        del case
+        _return_memory()
+        if time.perf_counter() - begin > seconds:
+            return rows, next(cases, None) is None
+    return rows, True
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from bench import compare, report
 from bench.__main__ import main as bench_command
 from bench.ceilings import Ceilings
 from bench.checks import as_exact_as, close, equal
-from bench.harness import Case, Settings, Variant, interleave, measure, repetitions, statistics
+from bench.harness import Case, Settings, Stopwatch, Variant, interleave, measure, repetitions, statistics
 from bench.runner import read, write
 from bench.shapes import mini_routing
 from llada_kernels.info import all_ops
@@ -80,7 +80,7 @@ def test_a_call_of_many_seconds_is_not_repeated_and_preparing_is_not_timed():
         clock.now += 50.0
 
     prepared = clock.variant("prepared", [4.0], prepare=compile_first)
-    rows = measure(case([minute, long, short, prepared]), Settings(seconds=0.0, once=20.0), CEILINGS, clock)
+    rows = measure(case([minute, long, short, prepared]), Settings(seconds=0.0, once=20.0), CEILINGS, Stopwatch(clock))
     assert [(r["seconds"]["reps"], r["seconds"]["median"]) for r in rows] == [(1, 60.0), (2, 12.0), (3, 2.0), (3, 4.0)]
     assert [clock.calls.count(name) for name in ("minute", "long", "short", "prepared")] == [1, 2, 4, 4]
     assert rows[2]["ratios"] == {"minute": 30.0, "long": 6.0, "prepared": 2.0}
@@ -101,7 +101,7 @@ def test_rows_state_time_rate_ceiling_and_ratios_of_the_same_run():
     ours = clock.variant("native", [0.4, 0.45, 0.2, 0.1, 0.3], role="ours")
     slow = clock.variant("baseline", [0.4])
     other = clock.variant("unmasked", [0.5], value=7.0, role="yardstick", flops=4e8)
-    rows = measure(case([ours, slow, other], flops=4e8, bytes=5e7), Settings(seconds=0.0, min_reps=3), CEILINGS, clock)
+    rows = measure(case([ours, slow, other], flops=4e8, bytes=5e7), Settings(seconds=0.0, min_reps=3), CEILINGS, Stopwatch(clock))
     row = rows[0]
     # The first call checks and warms up, the second one estimates how many fit: neither is a sample.
     assert (row["seconds"]["reps"], row["seconds"]["best"]) == (3, pytest.approx(0.1))
@@ -126,7 +126,7 @@ def test_bandwidth_is_the_floor_where_it_takes_longer():
 def test_a_variant_with_wrong_values_gets_no_time_and_is_not_called_again():
     clock = Clock()
     wrong = clock.variant("native", [0.1], value=1.0 + 1e-6, role="ours")
-    rows = measure(case([wrong, clock.variant("reference", [0.4])], flops=1.0), Settings(), CEILINGS, clock)
+    rows = measure(case([wrong, clock.variant("reference", [0.4])], flops=1.0), Settings(), CEILINGS, Stopwatch(clock))
     assert rows[0]["status"] == "failed" and "2 of 2 values differ" in rows[0]["reason"]
     assert not {"seconds", "gflops", "ratios", "percent_of_ceiling"} & set(rows[0])
     assert clock.calls.count("native") == 1
@@ -136,7 +136,10 @@ def test_a_variant_with_wrong_values_gets_no_time_and_is_not_called_again():
 def test_a_baseline_with_wrong_values_is_not_compared_with():
     clock = Clock()
     rows = measure(
-        case([clock.variant("native", [0.1], role="ours"), clock.variant("other", [0.4], value=2.0)]), Settings(), CEILINGS, clock
+        case([clock.variant("native", [0.1], role="ours"), clock.variant("other", [0.4], value=2.0)]),
+        Settings(),
+        CEILINGS,
+        Stopwatch(clock),
     )
     assert rows[0]["ratios"] == {} and rows[1]["status"] == "failed"
 

@@ -1,0 +1,96 @@
+"""``python -m bench.gpu``: the parts of bench/gpu.sh that are Python.
+
+    python -m bench.gpu tables [ID ...] --json FILE [--budget S] [--only TEXT] [--dry-run]   measure tables, all but E without names
+    python -m bench.gpu guards --json FILE [--dry-run]                                      syncs, recompilations, bits, graphs
+    python -m bench.gpu once [--dry-run]                                                    every op once (for compute-sanitizer)
+
+Results are added to FILE as they come: what was measured stays when the rest fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..environment import environment
+from ..harness import Settings
+from ..runner import measure_cases, read, write
+from . import guards
+from .ceilings import DeviceCeilings
+from .operations import operations
+from .stopwatch import DeviceStopwatch
+from .tables import TABLES
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """On a GPU bf16; in a dry run on a CPU tiny shapes in fp32, as Triton's interpreter gets bf16 wrong."""
+    if arguments.dry_run:
+        return Settings(True, 1, arguments.only, 0.0, 1, 1, device=torch.device("cpu"), dtype=torch.float32)
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: expected a GPU, or --dry-run")
+    return Settings(False, 1, arguments.only, 0.2, 20, 50, device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def tables(names: list[str], path: Path, budget: float, settings: Settings) -> int:
+    """Measure tables one after the other until the time is up; 1 if values of ours were wrong."""
+    unknown = sorted(set(names) - set(TABLES))
+    if unknown:
+        raise SystemExit(f"unknown table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    begin = time.monotonic()
+    ceilings = DeviceCeilings(settings)
+    stopwatch = None if settings.quick else DeviceStopwatch()
+    wrong = 0
+    for name in names or [n for n, table in TABLES.items() if table.part == "bench"]:
+        left = budget - (time.monotonic() - begin)
+        rows, ended = measure_cases(TABLES[name].cases(settings), settings, ceilings, stopwatch=stopwatch, seconds=left)
+        wrong += sum(row["role"] == "ours" and row["status"] in ("failed", "error") for row in rows)
+        note = {} if ended else {"ended": f"after {budget:.0f} s: cases that follow were not run"}
+        facts = {**environment(settings.threads, settings.quick), "load_at_end": 0.0, **note}
+        entry = {"about": TABLES[name].about, "environment": facts, "ceilings": ceilings.values, "rows": rows}
+        write(path, {f"gpu {name}": entry})
+    return int(bool(wrong))
+
+
+def guard(path: Path, settings: Settings) -> int:
+    """Check the guards and keep what was seen; 1 if one does not hold."""
+    count = 2 if settings.quick else 100
+    facts = guards.run(settings, count, count)
+    for fact in facts:
+        print(f"{'-' if fact['holds'] is None else 'ok' if fact['holds'] else 'NOT'}  {fact['name']}: {fact['seen']}")
+    held: dict[str, Any] = read(path)["benches"] if path.exists() else {}
+    entry = {"about": "What holds of every call.", "environment": environment(1, settings.quick), "ceilings": {}, "rows": []}
+    write(path, {**held, "gpu guards": {**entry, "guards": facts}})
+    return int(any(fact["holds"] is False for fact in facts))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("tables", "guards", "once"))
+    parser.add_argument("names", nargs="*", metavar="ID", help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--budget", type=float, default=420.0, metavar="S", help="seconds after which no new case begins")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: do the scripts work?")
+    arguments = parser.parse_args(argv)
+    settings = settings_of(arguments)
+    if arguments.part == "once":
+        for name, call in operations([40, 33], settings).items():
+            print(name, flush=True)
+            call()
+        if settings.device.type == "cuda":
+            torch.cuda.synchronize()
+        return 0
+    if arguments.json is None:
+        parser.error("--json: expected a file for the results")
+    if arguments.part == "guards":
+        return guard(arguments.json, settings)
+    return tables(arguments.names, arguments.json, arguments.budget, settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""The tables of the GPU part of docs/performance.md, and how each is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..harness import Case, Settings
+from . import attention, model, moe, sampler
+
+__all__ = ["TABLES", "Table"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        about: what it shows, in a line.
+        cases: makes its cases, the most wanted first: a run ends when its time is up.
+        part: the part of ``bench/gpu.sh`` that measures it.
+    """
+
+    about: str
+    cases: Callable[[Settings], Iterator[Case]]
+    part: str = "bench"
+
+
+TABLES = {
+    "T1": Table("Attention in the training layout, one document; true work, backward alone is 2.5 times the FLOPs.", attention.training),
+    "T2": Table("Attention in the training layout, packed documents.", attention.packed),
+    "A": Table("A decoding layer of experts at the mini geometry, 1 to 4096 tokens, bf16 and FP8.", moe.decode),
+    "S": Table("Sampler, LM head, routing and loss.", sampler.cases),
+    "T4": Table("A denoising step of one block over a cached context.", attention.decode),
+    "B": Table("A training layer of experts.", moe.training),
+    "T5": Table("Prefill: block-causal attention.", attention.prefill),
+    "C": Table("The grouped product alone.", moe.grouped),
+    "T7": Table("Peak memory of attention, forward and backward, above its inputs.", attention.memory),
+    "E": Table("The mini geometry as a whole, random weights.", model.cases, "model"),
+}
