@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llada_kernels.testing import max_error
 
-__all__ = ["as_exact_as", "close", "equal"]
+__all__ = ["as_exact_as", "as_list", "close", "equal"]
 
 Pick = Callable[[Any], Sequence[Tensor]]
 Check = Callable[[Any], str | None]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_exact_as
+from .checks import as_exact_as, as_list
 from .harness import Case, Settings, Variant, backends
 from .shapes import rotate, stays_out
 
@@ -20,12 +20,12 @@ def elementwise(
     module: Any,
     name: str,
     inputs: Sequence[Tensor],
-    call: Callable[..., Tensor],
+    call: Callable[..., Any],
     settings: Settings,
     *,
     shapes: dict[str, Any],
     bytes_moved: float,
-    others: dict[str, Callable[..., Tensor]] | None = None,
+    others: dict[str, Callable[..., Any]] | None = None,
     backward: bool = False,
 ) -> Iterator[Case]:
     """A case over copies of ``inputs`` that no cache holds (of small inputs there is one, as a model finds them: in a cache).
@@ -35,7 +35,7 @@ def elementwise(
         module: its module, for the list of backends.
         name: of the case.
         inputs: of one call; the first one is the large one and, with ``backward``, gets a gradient, as do weights (1-D).
-        call: ``call(*inputs, backend=name)``.
+        call: ``call(*inputs, backend=name)``: a tensor or several.
         shapes, bytes_moved: see :class:`Case`.
         others: further baselines, ``f(*inputs)``.
         backward: forward and gradients rather than forward.
@@ -47,21 +47,22 @@ def elementwise(
     copies = rotate(lambda: [inputs[0].clone(), *inputs[1:]], size, settings.quick)
     wanted = [i for i, x in enumerate(inputs) if i == 0 or x.ndim == 1]
 
-    def run(f: Callable[..., Tensor], values: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    def run(f: Callable[..., Any], values: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if not backward:
             with torch.no_grad():
-                return (f(*values),)
+                return tuple(as_list(f(*values)))
         leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(values)]
-        out = f(*leaves)
-        return out.detach(), *torch.autograd.grad(out, [leaves[i] for i in wanted], grad.to(out.dtype))
+        out = as_list(f(*leaves))
+        grads = [g.to(o.dtype) for g, o in zip(grads, out, strict=True)]
+        return *(o.detach() for o in out), *torch.autograd.grad(out, [leaves[i] for i in wanted], grads)
 
     exact_inputs = [x.double() for x in inputs]
-    out = call(*inputs, backend="reference")
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    generator = torch.Generator().manual_seed(9)
+    grads = [torch.randn(o.shape, generator=generator).to(dtype) for o in as_list(call(*inputs, backend="reference"))]
     check = as_exact_as(
-        run(lambda *a: call(*a, backend="reference"), exact_inputs, grad), run(lambda *a: call(*a, backend="reference"), inputs, grad)
+        run(lambda *a: call(*a, backend="reference"), exact_inputs, grads), run(lambda *a: call(*a, backend="reference"), inputs, grads)
     )
-    variants = backends(module, lambda backend: run(lambda *a: call(*a, backend=backend), next(copies), grad))
+    variants = backends(module, lambda backend: run(lambda *a: call(*a, backend=backend), next(copies), grads))
     for other, f in (others or {}).items():
-        variants.append(Variant(other, lambda f=f: run(f, next(copies), grad)))  # type: ignore[misc]
+        variants.append(Variant(other, lambda f=f: run(f, next(copies), grads)))  # type: ignore[misc]
     yield Case(op, name, dtype, shapes, variants, check, None, bytes_moved if stays_out(size) else None)

@@ -3,10 +3,16 @@
 
 STABLE_TORCH_LIBRARY(llada_kernels, m) {
   m.def("cpu_level() -> str");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
-  m.def("rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)");
-  m.def("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor");
-  m.def("rope_backward(Tensor grad_y, Tensor cos, Tensor sin) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor total, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
+  m.def(
+      "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps) "
+      "-> (Tensor q_out, Tensor k_out, Tensor rstd)");
+  m.def(
+      "rope_backward(Tensor grad_q, Tensor? grad_k, Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor rstd) -> (Tensor grad_q_in, Tensor grad_k_in, Tensor grad_q_weight, Tensor grad_k_weight)");
   m.def(
       "threshold_unmask(Tensor logits, Tensor tokens, int mask_token_id, Tensor threshold, Tensor? editing_threshold, "
       "Tensor min_unmask, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? seed, Tensor? editable, Tensor? positions, "

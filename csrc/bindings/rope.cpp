@@ -1,29 +1,90 @@
 #include "rope/params.h"
 
+#include <optional>
+
 #include "bindings/tensor_checks.h"
 
 namespace llada {
 namespace {
 
-Tensor apply(const char* name, const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
-  check(x.dim() == 3, name, ": expected 3 dimensions, got shape ", shape_text(x));
-  check(cos.dim() == 2, "cos: expected 2 dimensions, got shape ", shape_text(cos));
-  const int64_t tokens = x.size(0), heads = x.size(1), dim = x.size(2), rotary = cos.size(1);
-  const bool is_bf16 = check_float_dtype(name, x);
-  check(rotary % 2 == 0 && rotary <= dim, "cos: expected an even number of columns, at most ", dim, ", got ", rotary);
-  check_tensor(name, x, x.scalar_type(), {tokens, heads, dim});
-  check_tensor("cos", cos, x.scalar_type(), {tokens, rotary});
-  check_tensor("sin", sin, x.scalar_type(), {tokens, rotary});
-  Tensor y = torch::stable::empty_like(x);
-  rope_cpu({is_bf16, transposed, tokens, heads, dim, rotary, x.const_data_ptr(), cos.const_data_ptr(), sin.const_data_ptr(),
-            y.mutable_data_ptr()},
-           torch_threads());
-  return y;
+using Optional = std::optional<Tensor>;
+
+// Views of a larger product are taken as they are: only a token's heads and dims must be contiguous.
+void check_heads(const char* name, const Tensor& x, const Tensor& q, int64_t dim) {
+  check(x.is_cpu(), name, ": expected a CPU tensor");
+  check(x.scalar_type() == q.scalar_type(), name, ": expected dtype ", torch::headeronly::toString(q.scalar_type()), ", got ",
+        torch::headeronly::toString(x.scalar_type()));
+  check(x.dim() == 3 && x.size(2) == dim, name, ": expected shape (*, *, ", dim, "), got ", shape_text(x));
+  const bool together = x.numel() == 0 || ((x.stride(2) == 1 || dim == 1) && (x.stride(1) == dim || x.size(1) == 1));
+  check(together, name, ": expected the heads of a token to be contiguous");
 }
 
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin) { return apply("x", x, cos, sin, false); }
+// What forward and backward have in common: `x` and `x_k` are the inputs or the gradients.
+RopeParams common(const char* name, const Tensor& x, const char* name_k, const Optional& x_k, const Tensor& cos, const Tensor& sin,
+                  const Optional& q_weight, const Optional& k_weight) {
+  check(x.dim() == 3, name, ": expected 3 dimensions, got shape ", shape_text(x));
+  check(cos.dim() == 2, "cos: expected 2 dimensions, got shape ", shape_text(cos));
+  const int64_t dim = x.size(2), rotary = cos.size(1), tokens = x_k ? x_k->size(0) : x.size(0);
+  RopeParams p{};
+  p.bf16 = check_float_dtype(name, x);
+  p.dim = dim, p.rotary = rotary;
+  check(rotary % 2 == 0 && rotary <= dim, "cos: expected an even number of columns, at most ", dim, ", got ", rotary);
+  check_heads(name, x, x, dim);
+  if (x_k) check_heads(name_k, *x_k, x, dim);
+  check(x.size(0) <= tokens, name, ": expected at most ", tokens, " tokens (those of ", name_k, "), got ", x.size(0));
+  check_tensor("cos", cos, x.scalar_type(), {tokens, rotary});
+  check_tensor("sin", sin, x.scalar_type(), {tokens, rotary});
+  check((q_weight && x_k) == k_weight.has_value(), "k_weight: expected one with q_weight and ", name_k, ", none otherwise");
+  if (q_weight) check_tensor("q_weight", *q_weight, x.scalar_type(), {dim});
+  if (k_weight) check_tensor("k_weight", *k_weight, x.scalar_type(), {dim});
+  p.cos = cos.const_data_ptr(), p.sin = sin.const_data_ptr();
+  p.q.tokens = x.size(0), p.q.heads = x.size(1), p.q.stride = x.stride(0), p.q.x = x.const_data_ptr();
+  if (x_k) p.k.tokens = x_k->size(0), p.k.heads = x_k->size(1), p.k.stride = x_k->stride(0), p.k.x = x_k->const_data_ptr();
+  if (q_weight) p.q.weight = q_weight->const_data_ptr();
+  if (k_weight) p.k.weight = k_weight->const_data_ptr();
+  return p;
+}
 
-Tensor rope_backward(const Tensor& grad_y, const Tensor& cos, const Tensor& sin) { return apply("grad_y", grad_y, cos, sin, true); }
+Tensor contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}); }
+
+std::tuple<Tensor, Tensor, Tensor> rope(const Tensor& q, Optional k, const Tensor& cos, const Tensor& sin, Optional q_weight,
+                                        Optional k_weight, double eps) {
+  RopeParams p = common("q", q, "k", k, cos, sin, q_weight, k_weight);
+  p.eps = float(eps);
+  Tensor q_out = contiguous_like(q), k_out = k ? contiguous_like(*k) : torch::stable::new_empty(q, {0});
+  const int64_t q_rows = p.q.tokens * p.q.heads, k_rows = p.k.tokens * p.k.heads;
+  Tensor rstd = torch::stable::new_empty(q, {q_weight ? q_rows + k_rows : 0}, ScalarType::Float);
+  p.q.y = q_out.mutable_data_ptr(), p.k.y = k_out.mutable_data_ptr();
+  p.q.rstd = rstd.mutable_data_ptr<float>(), p.k.rstd = p.q.rstd + q_rows;
+  rope_cpu(p, torch_threads());
+  return {q_out, k_out, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward(const Tensor& grad_q, Optional grad_k, Optional q, Optional k, const Tensor& cos,
+                                                         const Tensor& sin, Optional q_weight, Optional k_weight, const Tensor& rstd) {
+  RopeParams p = common("grad_q", grad_q, "grad_k", grad_k, cos, sin, q_weight, k_weight);
+  p.transposed = true;
+  const int64_t q_rows = p.q.tokens * p.q.heads, k_rows = p.k.tokens * p.k.heads;
+  Tensor out_q = contiguous_like(grad_q), out_k = grad_k ? contiguous_like(*grad_k) : torch::stable::new_empty(grad_q, {0});
+  Tensor grad_q_weight = torch::stable::new_empty(grad_q, {q_weight ? p.dim : 0}, ScalarType::Float);
+  Tensor grad_k_weight = torch::stable::new_empty(grad_q, {k_weight ? p.dim : 0}, ScalarType::Float);
+  p.q.y = out_q.mutable_data_ptr(), p.k.y = out_k.mutable_data_ptr();
+  if (q_weight) {
+    check_tensor("rstd", rstd, ScalarType::Float, {q_rows + k_rows});
+    p.q.rstd = const_cast<float*>(rstd.const_data_ptr<float>()), p.k.rstd = p.q.rstd + q_rows;
+    p.q.grad_weight = grad_q_weight.mutable_data_ptr<float>(), p.k.grad_weight = grad_k_weight.mutable_data_ptr<float>();
+    const auto input = [&](const char* name, const Optional& x, const Tensor& grad, RopeHeads& heads) {
+      check(x.has_value(), name, ": expected a tensor together with weights");
+      check_heads(name, *x, grad, p.dim);
+      check(x->size(0) == heads.tokens && x->size(1) == heads.heads, name, ": expected shape ", shape_text(grad), ", got ", shape_text(*x));
+      heads.input = x->const_data_ptr(), heads.input_stride = x->stride(0);
+    };
+    input("q", q, grad_q, p.q);
+    if (grad_k) input("k", k, *grad_k, p.k);
+  }
+  rope_cpu(p, torch_threads());
+  return {out_q, out_k, grad_q_weight, grad_k_weight};
+}
 
 }  // namespace
 }  // namespace llada

@@ -4,22 +4,22 @@
 
 namespace llada {
 
-// y[r] = weight * T(x[r] * rsqrt(mean(x[r]^2) + eps)), rows contiguous.
+// t[r] = T(x[r] + residual[r]); y[r] = weight * T(t[r] * rsqrt(mean(t[r]^2) + eps)), rows contiguous.
 struct RmsNormParams {
   bool bf16;  // else fp32
   int64_t rows, width;
   float eps;
-  const void *x, *weight;  // [rows, width], [width]
-  void* y;                 // [rows, width]
-  float* rstd;             // [rows]: 1 / sqrt(mean + eps), saved for the backward
+  const void *x, *weight, *residual;  // [rows, width], [width], [rows, width] or null: t = x
+  void *y, *total;                    // [rows, width]; t where there is a residual
+  float* rstd;                        // [rows]: 1 / sqrt(mean + eps), saved for the backward
 };
 
 struct RmsNormBackwardParams {
   bool bf16;
   int64_t rows, width;
-  const void *grad_y, *x, *weight;
+  const void *grad_y, *grad_total, *x, *weight;  // grad_total may be null; x is what was normalised
   const float* rstd;
-  void* grad_x;
+  void* grad_x;        // of the norm, rounded, plus grad_total
   float* grad_weight;  // [width]; fp32 whatever the dtype
 };
 

@@ -66,8 +66,9 @@ class Attention(nn.Module):
             q, k, v = self._fewer_queries(x, num_outputs)
             mask = mask.first_queries(num_outputs)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, cos[: q.shape[0]], sin[: q.shape[0]]), rope(k, cos, sin)
+            q, k = rope(q, cos, sin, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        else:
+            q, k = rope(q, cos, sin, k)
         if cache is None:
             out = block_attention(q, k, v, mask)
         else:

@@ -48,8 +48,8 @@ class Block(nn.Module):
         Precision: sums and norms rounded in the dtype of x.
         Determinism: bitwise repeatable.
         """
-        x = x[:num_outputs] + self.attention(self.input_layernorm(x), cos, sin, mask, cache, num_outputs)
-        y = self.post_attention_layernorm(x)
+        attended = self.attention(self.input_layernorm(x), cos, sin, mask, cache, num_outputs)
+        y, x = self.post_attention_layernorm.add(attended, x if num_outputs is None else x[:num_outputs])
         if isinstance(self.mlp, GatedMLP):
             return x + self.mlp(y)
 

@@ -22,5 +22,9 @@ class RMSNorm(nn.Module):
         """[..., size], dtype of the weight -> the same."""
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., size] twice -> the norm of their sum, and the sum."""
+        return rms_norm(x, self.weight, self.eps, residual)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

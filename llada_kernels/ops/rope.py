@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from .. import _library
 from ._common import check_same, check_shape, check_tensor, native_reason
 from .dispatch import Backend, run
+from .rms_norm import normalised
 
 __all__ = ["rope", "rope_tables"]
 
@@ -41,29 +44,61 @@ def rope_tables(position_ids: Tensor, rotary_dim: int, theta: float, dtype: torc
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
-    """Turn the first R dims of every head by the angle of its token's position.
+@overload
+def rope(q: Tensor, cos: Tensor, sin: Tensor, k: None = ..., q_weight: Tensor | None = ..., k_weight: None = ..., eps: float = ...,
+         *, backend: str | None = ...) -> Tensor: ...  # fmt: skip
+@overload
+def rope(q: Tensor, cos: Tensor, sin: Tensor, k: Tensor, q_weight: Tensor | None = ..., k_weight: Tensor | None = ..., eps: float = ...,
+         *, backend: str | None = ...) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
-    Dim i pairs with dim i + R/2: ``y = x * cos + rotate_half(x) * sin``; dims R.. pass through.
+
+def rope(
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Turn the first R dims of every head by the angle of its token's position; queries and keys of a layer in one call.
+
+    Dim i pairs with dim i + R/2: ``y = x * cos + rotate_half(x) * sin``; dims R.. pass through. With weights every head is normed
+    before it turns, as by :func:`rms_norm`.
 
     Args:
-        x: [T, heads, D] fp32 or bf16 (reference: any floating dtype): queries or keys.
-        cos: [T, R] dtype of x, R even and at most D: see :func:`rope_tables`.
-        sin: [T, R] dtype of x.
+        q: [N, heads, D] fp32 or bf16 (reference: any floating dtype): queries, or any heads. Views of a fused QKV product are
+            used as they lie.
+        cos: [T, R] dtype of q, R even and at most D: see :func:`rope_tables`.
+        sin: [T, R] dtype of q.
+        k: [T, KV heads, D] dtype of q, or None. With k, q may be of its first N tokens only; without, N is T.
+        q_weight: [D] dtype of q: scale of the norm of each head of q; None: no norm.
+        k_weight: [D] dtype of q: likewise of k. With k, both weights or none.
+        eps: added to the mean squares of the norms.
         backend: use this backend or raise; by default the first that supports the call.
 
     Returns:
-        [T, heads, D] dtype of x.
+        [N, heads, D] dtype of q; with k a pair, [N, heads, D] and [T, KV heads, D].
 
-    Precision: each product and each sum is rounded to the dtype of x, as in the official code;
-        forward and backward are bitwise equal in all backends.
-    Determinism: bitwise, on any number of threads.
+    Precision: norms as :func:`rms_norm`; each product and each sum of the rotation is rounded to the dtype of q, as in the
+        official code. Rotations, forward and backward, are bitwise equal in all backends; a norm's bits are those of
+        :func:`rms_norm` of the same backend.
+    Determinism: bitwise, on any number of threads; differentiable in q, k and the weights.
 
     Raises:
-        ValueError: a shape, dtype or device differs from the above.
+        ValueError: a shape, dtype or device differs from the above, or one weight of two is missing.
     """
-    check_tensor("x", x, 3)
-    tokens, _, head_dim = x.shape
+    check_tensor("q", q, 3)
+    tokens, _, head_dim = q.shape
+    if k is not None:
+        check_tensor("k", k, 3)
+        check_shape("k", k, None, None, head_dim)
+        check_same("k", k, "q", q)
+        if tokens > k.shape[0]:
+            raise ValueError(f"q: expected at most {k.shape[0]} tokens (those of k), got {tokens}")
+        tokens = k.shape[0]
     check_tensor("cos", cos, 2)
     rotary_dim = cos.shape[1]
     if rotary_dim > head_dim or rotary_dim % 2:
@@ -71,11 +106,30 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> 
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, 2)
         check_shape(name, table, tokens, rotary_dim)
-        check_same(name, table, "x", x)
-    return run("rope", BACKENDS, backend, x, cos, sin)
+        check_same(name, table, "q", q)
+    if (k_weight is not None) != (q_weight is not None and k is not None):
+        raise ValueError("k_weight: expected one exactly when there are k and q_weight")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_tensor(name, weight, 1)
+            check_shape(name, weight, head_dim)
+            check_same(name, weight, "q", q)
+    return run("rope", BACKENDS, backend, q, cos, sin, k, q_weight, k_weight, float(eps))
 
 
-def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _reference(
+    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    if q_weight is not None:
+        q = normalised(q, q_weight, eps)
+    if k is None:
+        return _turned(q, cos, sin)
+    if k_weight is not None:
+        k = normalised(k, k_weight, eps)
+    return _turned(q, cos[: q.shape[0]], sin[: q.shape[0]]), _turned(k, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotary_dim = cos.shape[1]
     turning, passing = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = turning.chunk(2, dim=-1)
@@ -84,33 +138,51 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, passing), dim=-1)
 
 
-def _native_supports(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+def _native_supports(
+    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> str | None:
     if cos.requires_grad or sin.requires_grad:
         return "native treats cos and sin as constants, one of them requires a gradient"
-    return native_reason(x, cos, sin)
+    return native_reason(q, cos, sin, k, q_weight, k_weight)
 
 
-def _native(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    y: Tensor = torch.ops.llada_kernels.rope(x.contiguous(), cos.contiguous(), sin.contiguous())
-    return y
+def _native(
+    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    weights = (w if w is None else w.contiguous() for w in (q_weight, k_weight))
+    parts = (_heads(q), None if k is None else _heads(k), cos.contiguous(), sin.contiguous(), *weights, eps)
+    q_out, k_out, _ = torch.ops.llada_kernels.rope(*parts)
+    return q_out if k is None else (q_out, k_out)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """``x`` [T, heads, D] such that the heads of each token lie one after the other."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 if _library.load_error is None:
 
     @torch.library.register_fake("llada_kernels::rope")
-    def _fake(x, cos, sin):  # type: ignore[no-untyped-def]
-        return torch.empty_like(x)
+    def _fake(q, k, cos, sin, q_weight, k_weight, eps):  # type: ignore[no-untyped-def]
+        rows = 0 if q_weight is None else q.shape[0] * q.shape[1] + (0 if k is None else k.shape[0] * k.shape[1])
+        return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape), q.new_empty(rows, dtype=torch.float32)
 
     @torch.library.register_fake("llada_kernels::rope_backward")
-    def _fake_backward(grad_y, cos, sin):  # type: ignore[no-untyped-def]
-        return torch.empty_like(grad_y)
+    def _fake_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, rstd):  # type: ignore[no-untyped-def]
+        weights = (grad_q.new_empty(0 if w is None else w.shape, dtype=torch.float32) for w in (q_weight, k_weight))
+        return grad_q.new_empty(grad_q.shape), grad_q.new_empty(0 if grad_k is None else grad_k.shape), *weights
 
     def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs[1:])
+        q, k, cos, sin, q_weight, k_weight, _ = inputs
+        ctx.with_k, normed = k is not None, q_weight is not None
+        ctx.save_for_backward(q if normed else None, k if normed else None, cos, sin, q_weight, k_weight, output[2])
+        ctx.mark_non_differentiable(output[2], *([] if ctx.with_k else [output[1]]))
 
-    def _backward(ctx, grad_y):  # type: ignore[no-untyped-def]
-        cos, sin = ctx.saved_tensors
-        return torch.ops.llada_kernels.rope_backward(grad_y.contiguous(), cos, sin), None, None
+    def _backward(ctx, grad_q, grad_k, _grad_rstd):  # type: ignore[no-untyped-def]
+        grads, saved = (_heads(grad_q), _heads(grad_k) if ctx.with_k else None), ctx.saved_tensors
+        out_q, out_k, *of_weights = torch.ops.llada_kernels.rope_backward(*grads, *saved)
+        weights = (None if w is None else g.to(w.dtype) for w, g in zip(saved[4:6], of_weights, strict=True))
+        return out_q, out_k if ctx.with_k else None, None, None, *weights, None
 
     torch.library.register_autograd("llada_kernels::rope", _backward, setup_context=_setup_context)
 

@@ -44,6 +44,46 @@ def test_rounds_before_it_scales(backend):
     assert (y != other_order).float().mean() > 0.1
 
 
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 33), (300, 64), (0, 8)])
+def test_with_a_residual_it_is_bitwise_two_steps(backend, dtype, shape):
+    """The sum is rounded before it is normalised, and gradients are those that autograd adds up over the two uses of the sum."""
+    inputs = [torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)]
+    grad_y, grad_total = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    results = []
+    for fused in (True, False):
+        x, residual, weight = (t.clone().requires_grad_() for t in inputs)
+        if fused:
+            y, total = rms_norm(x, weight, 1e-6, residual, backend=backend)
+        else:
+            total = x + residual
+            y = rms_norm(total, weight, 1e-6, backend=backend)
+        torch.autograd.backward([y, total], [grad_y, grad_total])
+        results.append((y.detach(), total.detach(), x.grad, residual.grad, weight.grad))
+    for name, ours, expected in zip(("y", "total", "grad_x", "grad_residual", "grad_weight"), *results, strict=True):
+        assert torch.equal(ours, expected), name
+    if backend == "native" and 0 not in shape:  # and right: against the formula in fp64
+        x, residual, weight = (t.double().requires_grad_() for t in inputs)
+        y = plain(x + residual, weight, 1e-6)
+        torch.autograd.backward([y, x + residual], [grad_y.double(), grad_total.double()])
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03
+        for ours, exact in zip(results[0][2:], (x.grad, residual.grad, weight.grad), strict=True):
+            assert (ours.double() - exact).abs().max() <= tolerance * max(1.0, float(exact.abs().max()))
+
+
+def test_only_one_of_the_two_results_is_used():
+    x, residual, weight = torch.randn(5, 24), torch.randn(5, 24), torch.randn(24)
+    for which in (0, 1):
+        grads = []
+        for backend in NAMES:
+            a, b = x.clone().requires_grad_(), residual.clone().requires_grad_()
+            rms_norm(a, weight, 1e-6, b, backend=backend)[which].square().sum().backward()
+            grads += [a.grad, b.grad]
+        for grad in grads[1:]:
+            torch.testing.assert_close(grad, grads[0], atol=1e-5, rtol=1e-5)
+
+
 @given(rows=st.integers(0, 9), width=st.integers(1, 70))
 @settings(max_examples=30, deadline=None)
 def test_backends_agree(rows, width):
@@ -57,9 +97,9 @@ def test_same_bits_for_any_number_of_threads():
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        y = rms_norm(a, w, backend="native")
-        y.backward(grad)
-        seen.append((y, a.grad, w.grad))
+        y, total = rms_norm(a, w, 1e-6, grad, backend="native")
+        torch.autograd.backward([y, total], [grad, grad])
+        seen.append((y, total, a.grad, w.grad))
     torch.set_num_threads(before)
     for other in seen[1:]:
         assert all(torch.equal(p, q) for p, q in zip(seen[0], other, strict=True))
@@ -73,12 +113,16 @@ def test_non_contiguous_input():
 def test_gradcheck():
     x, weight = torch.randn(3, 7, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, w: rms_norm(a, w, 1e-3, backend="reference"), (x, weight))
+    residual = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, w, r: rms_norm(a, w, 1e-3, r, backend="reference"), (x, weight, residual))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operator_contract(dtype):
     x, weight = torch.randn(4, 32, dtype=dtype, requires_grad=True), torch.randn(32, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(torch.ops.llada_kernels.rms_norm, (x, weight, 1e-6))
+    residual = torch.randn(4, 32, dtype=dtype, requires_grad=True)
+    for last in (None, residual):
+        torch.library.opcheck(torch.ops.llada_kernels.rms_norm, (x, weight, 1e-6, last))
 
 
 def test_compiles_without_graph_breaks():
@@ -87,6 +131,9 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(x), rms_norm(x, weight, backend="reference").sin())
     compiled(x).sum().backward()
     assert x.grad is not None
+    both = torch.compile(lambda a, r: rms_norm(a, weight, 1e-6, r, backend="native"), fullgraph=True)
+    for ours, expected in zip(both(x, x * 2), rms_norm(x, weight, 1e-6, x * 2, backend="native"), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_errors():
@@ -95,6 +142,10 @@ def test_errors():
         rms_norm(x, torch.randn(7))
     with pytest.raises(ValueError, match="weight: expected dtype torch.float32"):
         rms_norm(x, torch.randn(8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"residual: expected shape \(4, 8\), got \(8,\)"):
+        rms_norm(x, torch.randn(8), 1e-6, torch.randn(8))
+    with pytest.raises(ValueError, match="residual: expected dtype torch.float32"):
+        rms_norm(x, torch.randn(8), 1e-6, x.bfloat16())
     with pytest.raises(TypeError, match="x: expected a torch.Tensor, got list"):
         rms_norm([1.0], torch.randn(8))
     with pytest.raises(ValueError, match="native serves float32, bfloat16, got torch.float64"):
