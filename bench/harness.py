@@ -240,7 +240,8 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
 def _row(case: Case, variant: Variant, settings: Settings) -> dict[str, Any]:
     return {
         "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype), "shapes": case.shapes, "variant": variant.name,
-        "role": variant.role, "threads": variant.threads or settings.threads, "status": "ok", "reason": None,
+        "role": variant.role, "threads": variant.threads or settings.threads, "device": settings.device.type,
+        "status": "ok", "reason": None,
     }  # fmt: skip
 
 

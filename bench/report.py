@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from .gpu.tables import GUARDS, TABLES
 from .plots import plot
 from .runner import read
 
@@ -41,6 +42,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
+def rate(giga: float, unit: str) -> str:
+    """Three digits, in T from 10,000 G on: what GPUs do."""
+    return f"{number(giga / 1e3)} T{unit}" if giga >= 1e4 else f"{number(giga)} G{unit}"
+
+
 def markdown(machines: dict[str, dict[str, Any]]) -> str:
     """The page for result files given as ``{file stem: content}``."""
     parts = [HEAD]
@@ -49,14 +55,33 @@ def markdown(machines: dict[str, dict[str, Any]]) -> str:
         for figure in ("speedup", "ceiling"):
             parts.append(f"![{figure}](performance-{stem}-{figure}.svg)\n")
         for name, bench in sorted(content["benches"].items()):
-            parts += [f"### {name}\n", f"{bench['about']}\n", table(bench["rows"]), *notes(bench["rows"])]
+            parts += [f"### {name}\n", f"{bench['about']}\n", *guards(bench)]
+            if bench["rows"]:
+                parts += [table(bench["rows"]), *notes(bench["rows"])]
         parts += ["### Where we lose\n", lost(content)]
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([*parts, *unmeasured(machines)]).rstrip() + "\n"
+
+
+def unmeasured(machines: dict[str, dict[str, Any]]) -> list[str]:
+    """The tables of the GPU part that no result file has, and the command that measures them."""
+    measured = {name.removeprefix("gpu ") for content in machines.values() for name in content["benches"]}
+    missing = [(name, table.part, table.about) for name, table in (*TABLES.items(), ("guards", GUARDS)) if name not in measured]
+    if not missing:
+        return []
+    head = "`bench/gpu.sh PART FOLDER` on a machine with a GPU writes FOLDER/results.json; in `bench/results` it becomes part of this page."
+    lines = ["| table | part | what it shows |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in missing)]
+    return ["## GPU: not measured yet\n", f"{head}\n", "\n".join(lines) + "\n"]
+
+
+def guards(bench: dict[str, Any]) -> list[str]:
+    """What was checked beside values and times."""
+    marks = {True: "holds", False: "DOES NOT HOLD", None: "not to be seen on this machine"}
+    return [f"- {g['name']}: {marks[g['holds']]} ({g['seen']})" for g in bench.get("guards", [])] + [""] * ("guards" in bench)
 
 
 def title(content: dict[str, Any]) -> str:
     facts = next(iter(content["benches"].values()))["environment"]
-    return f"{facts.get('gpu') or facts['cpu']}, level {facts['cpu_level']}, {facts['threads']} threads"
+    return str(facts["gpu"]) if facts.get("gpu") else f"{facts['cpu']}, level {facts['cpu_level']}, {facts['threads']} threads"
 
 
 def provenance(content: dict[str, Any]) -> str:
@@ -94,8 +119,8 @@ def ceilings(content: dict[str, Any]) -> str:
     lines = ["| ceiling | threads | measured |", "|---|---|---|"]
     for name, values in sorted(seen.items()):
         kind, _, threads = name.rpartition(" ")
-        spread = number(min(values)) + (f" - {number(max(values))}" if number(min(values)) != number(max(values)) else "")
-        lines.append(f"| {kind} | {threads} | {spread} {'GB/s' if kind == 'read' else 'GFLOP/s'} |")
+        low, high = (rate(v, "B/s" if kind == "read" else "FLOP/s") for v in (min(values), max(values)))
+        lines.append(f"| {kind} | {threads} | {low if low == high else f'{low} - {high}'} |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,12 +136,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["role"] != "ours" and (column := (row["variant"], row["role"] == "yardstick")) not in others:
             others.append(column)
+    gpu = bool(rows) and rows[0].get("device") == "cuda"
     memory = any("peak_bytes" in row.get("extra", {}) for row in rows)
     head = ["case", "dtype", "variant", "time", "rate", "of the ceiling", *[name + " (rate)" * rate for name, rate in others]]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for case in by_case(rows):
         for row in (r for r in case if r["role"] == "ours"):
-            cells = [row["case"], row["dtype"], f"{row['variant']}, {row['threads']} thr.", *own_cells(row, memory)]
+            cells = [row["case"], row["dtype"], row["variant"] + ("" if gpu else f", {row['threads']} thr."), *own_cells(row, memory)]
             for name, _ in others:
                 other = next((r for r in case if r["variant"] == name), None)
                 cells.append("" if other is None else other_cell(row, other, memory))
@@ -129,12 +155,12 @@ def own_cells(row: dict[str, Any], memory: bool) -> list[str]:
         return [f"{row['status']}", "", ""]
     s = row["seconds"]
     time = f"**{duration(s['median'])}**" + (once(row) or f" ({duration(s['p10'])} - {duration(s['p90'])})")
-    rates = [f"{number(row[k])} {unit}" for k, unit in (("gflops", "GFLOP/s"), ("gbytes", "GB/s")) if row.get(k)]
+    rates = [rate(row[k], unit) for k, unit in (("gflops", "FLOP/s"), ("gbytes", "B/s")) if row.get(k)]
     # Of two rates the one that the ceiling is about; the other is in the JSON file.
-    rate = rates[-1] if row.get("bound") == "bandwidth" else rates[0] if rates else ""
+    shown = rates[-1] if row.get("bound") == "bandwidth" else rates[0] if rates else ""
     bound = {"bandwidth": "mem", "arithmetic": "GEMM"}.get(row.get("bound", ""), "")
     percent = f"{row['percent_of_ceiling']:.0f} % {bound}" if "percent_of_ceiling" in row else ""
-    return [time + peak(row, memory), rate, percent]
+    return [time + peak(row, memory), shown, percent]
 
 
 def other_cell(row: dict[str, Any], other: dict[str, Any], memory: bool) -> str:

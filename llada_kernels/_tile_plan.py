@@ -23,7 +23,7 @@ try:
 except ImportError:  # the twin below serves
     _host = None  # type: ignore[assignment, unused-ignore]
 
-__all__ = ["BLOCK_M", "BLOCK_N", "TilePlan", "build_plan"]
+__all__ = ["BLOCK_M", "BLOCK_N", "TilePlan", "build_plan", "moved_to"]
 
 #: Tokens per query tile and per key tile of the plan that every mask has from the start.
 BLOCK_M = 32
@@ -61,8 +61,15 @@ class TilePlan:
     def to(self, device: torch.device) -> TilePlan:
         """The same plan with its tensors on ``device``."""
         names = ("tiles", "order", "rows", "key_offsets", "key_runs", "key_order")
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        moved: dict[str, Any] = {name: moved_to(getattr(self, name), device) for name in names}
         return replace(self, **moved)
+
+
+def moved_to(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``. Masks are planned on the host: to a GPU they go without waiting for what it computes."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def build_plan(

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._tile_plan import BLOCK_M, BLOCK_N, TilePlan, build_plan
+from ._tile_plan import BLOCK_M, BLOCK_N, TilePlan, build_plan, moved_to
 
 __all__ = ["DiffusionMask", "TilePlan", "block_ids"]
 
@@ -294,7 +294,7 @@ class DiffusionMask:
             return self
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         with torch.inference_mode(False):
-            moved: dict[str, Any] = {name: value.to(target) for name, value in tensors.items()}
+            moved: dict[str, Any] = {name: moved_to(value, target) for name, value in tensors.items()}
             return replace(self, **moved, _plans={sizes: plan.to(target) for sizes, plan in self._plans.items()}, _parts={})
 
     def _num_cached(self) -> int:
@@ -334,7 +334,7 @@ def _intervals(context: _Ints, own: _Ints, device: torch.device) -> tuple[Tensor
 
 def _tensor(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a mask made during inference may be kept and trained with later
-        return torch.from_numpy(values).to(device)
+        return moved_to(torch.from_numpy(values), device)
 
 
 def _positive(name: str, value: int) -> int:

@@ -299,3 +299,31 @@ def test_quick_run_of_a_bench(tmp_path):
 def test_an_unknown_bench_is_an_error(capsys):
     assert bench_command(["nothing"]) == 2
     assert "unknown bench nothing" in capsys.readouterr().err
+
+
+def test_a_gpu_part_shows_what_was_measured_and_lists_the_rest():
+    row = {
+        "op": "T1 attention", "case": "16:4, 8192 tokens, forward", "dtype": "bfloat16", "shapes": {}, "variant": "triton", "role": "ours",
+        "threads": 1, "device": "cuda", "status": "ok", "reason": None, "gflops": 421000.0, "gbytes": None, "bound": "arithmetic",
+        "percent_of_ceiling": 54.0, "seconds": {"median": 1.3e-3, "p10": 1.2e-3, "p90": 1.4e-3, "best": 1.2e-3, "reps": 20}, "ratios": {},
+    }  # fmt: skip
+    environment = {
+        "commit": "0" * 40, "dirty": False, "date": "2026-01-01 00:00 UTC", "quick": False, "threads": 1, "cores": 16, "memory_gib": 128.0,
+        "last_level_cache_mib": 64, "load_at_start": 0.0, "cpu": "cpu", "cpu_level": "avx512", "gpu": "Some GPU", "llada_kernels": "0",
+        "torch": "2", "python": "3", "platform": "Linux",
+    }  # fmt: skip
+    ceilings = {"gemm bfloat16 gpu": {"value": 780e12, "how": ""}}
+    held = {"name": "no sync", "holds": True, "seen": "100 batches"}
+    broken = {"name": "bitwise equal", "holds": False, "seen": "different bits: rope"}
+    benches = {
+        "gpu T1": {"about": "One document.", "environment": environment, "ceilings": ceilings, "rows": [row]},
+        "gpu guards": {"about": "Guards.", "environment": environment, "ceilings": {}, "rows": [], "guards": [held, broken]},
+    }
+    page = report.markdown({"some-gpu": {"schema": 1, "benches": benches}})
+    assert "## Some GPU\n" in page and "| triton | **1.30 ms** (1.20 ms - 1.40 ms) | 421 TFLOP/s | 54 % GEMM |" in page
+    assert "| gemm bfloat16 | gpu | 780 TFLOP/s |" in page
+    assert "- no sync: holds (100 batches)" in page and "- bitwise equal: DOES NOT HOLD (different bits: rope)" in page
+    unmeasured = page[page.index("not measured yet") :]
+    assert "| T2 | bench |" in unmeasured and "| E | model |" in unmeasured
+    assert "| T1 |" not in unmeasured and "| guards |" not in unmeasured
+    assert "| guards | bench |" in report.markdown({})

@@ -24,7 +24,7 @@ from . import guards
 from .ceilings import DeviceCeilings
 from .operations import operations
 from .stopwatch import DeviceStopwatch
-from .tables import TABLES
+from .tables import GUARDS, TABLES
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -63,7 +63,7 @@ def guard(path: Path, settings: Settings) -> int:
     for fact in facts:
         print(f"{'-' if fact['holds'] is None else 'ok' if fact['holds'] else 'NOT'}  {fact['name']}: {fact['seen']}")
     held: dict[str, Any] = read(path)["benches"] if path.exists() else {}
-    entry = {"about": "What holds of every call.", "environment": environment(1, settings.quick), "ceilings": {}, "rows": []}
+    entry = {"about": GUARDS.about, "environment": environment(1, settings.quick), "ceilings": {}, "rows": []}
     write(path, {**held, "gpu guards": {**entry, "guards": facts}})
     return int(any(fact["holds"] is False for fact in facts))
 

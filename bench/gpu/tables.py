@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..harness import Case, Settings
 from . import attention, model, moe, sampler
 
-__all__ = ["TABLES", "Table"]
+__all__ = ["GUARDS", "TABLES", "Table"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,8 @@ TABLES = {
     "T7": Table("Peak memory of attention, forward and backward, above its inputs.", attention.memory),
     "E": Table("The mini geometry as a whole, random weights.", model.cases, "model"),
 }
+
+#: Not a table of times: what :mod:`bench.gpu.guards` sees.
+GUARDS = Table(
+    "Over 100 batches of random lengths no sync and no recompilation; the same bits over 100 runs; CUDA graphs.", lambda _: iter(())
+)

@@ -104,7 +104,7 @@ class AdamW:
             elif kind == "master":
                 master.data.copy_(value)
             else:
-                self._inner.state[master][kind] = value.to(master.device if kind != "step" else "cpu").clone()
+                self._inner.state[master][kind] = value.to(master.device).clone()  # the step too: fused AdamW reads it there
         for name, master in self._masters.items():
             if master is not self.parameters[name] and f"master/{name}" not in state:
                 problems.append(f"master/{name}: missing")
