@@ -192,6 +192,11 @@ class Model(nn.Module):
         """[vocab_size, hidden_size], what makes logits of hidden states; the embeddings themselves if they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    @property
+    def plain_lm_head(self) -> bool:
+        """Whether logits are :meth:`backbone` times ``lm_head_weight`` and nothing else: not where a subclass has its own forward."""
+        return getattr(self.forward, "__func__", None) is Model.forward
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """int64 [...] -> [..., hidden_size]. The row of ``pad_token_id`` gets no gradient, as in the official code."""
         return self.embed_tokens(input_ids)

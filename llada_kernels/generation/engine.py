@@ -16,7 +16,7 @@ from torch import Tensor
 from ..masks import DiffusionMask
 from .kv_cache import KVCache
 from .output import OnStep
-from .rules import DecodingRule, put_rows, take_rows
+from .rules import DecodingRule, Unprojected, put_rows, take_rows
 
 __all__ = ["Engine", "Finished", "GenerationModel", "WindowEngine", "engine_for"]
 
@@ -27,6 +27,9 @@ class GenerationModel(Protocol):
     ``config`` has vocab_size, and for a cache num_hidden_layers, num_key_value_heads and head_dim. ``forward`` takes packed
     ``input_ids`` int64 [T], ``mask`` (a DiffusionMask, whose position ids hold), ``cache`` (a KVCache or None) and
     ``logits_to_keep`` int64 [N], and returns an object whose ``logits`` are [N, V] at those packed tokens.
+
+    A model may also have ``plain_lm_head``, True if these logits are nothing but ``backbone(input_ids, mask=, cache=)`` [T, H] at
+    these tokens times ``lm_head_weight`` [V, H]: greedy rules then choose tokens without logits (see :func:`lm_head_unmask`).
     """
 
     config: Any
@@ -161,7 +164,7 @@ class Engine:
         self._begin_blocks(active, rows, blocks, columns)
         state = take_rows(self._state, chosen)
         index, kept = self._positions_needed(blocks, state)
-        logits = self._logits(active, rows, kept).view(*kept.shape, -1)
+        logits = self._logits(active, rows, kept)
         try:
             new, state, done = self.rule.step(logits, blocks, state, index)
         except ValueError as error:
@@ -182,8 +185,10 @@ class Engine:
             raise self._bad_logits(logits, rows, kept) or general
         return [f for slot, row, end in zip(active, rows, ends, strict=True) if (f := self._advance(slot, row, end))]
 
-    def _bad_logits(self, logits: Tensor, rows: list[_Row], kept: Tensor) -> ValueError | None:
+    def _bad_logits(self, logits: Tensor | Unprojected, rows: list[_Row], kept: Tensor) -> ValueError | None:
         """The first position that no token can be chosen at, as the caller counts; None if ``logits`` [R, n, V] are sound."""
+        if isinstance(logits, Unprojected):
+            logits = logits.logits()
         others = torch.arange(logits.shape[-1], device=logits.device) != _mask_id(self.rule)
         wrong = {
             "NaN": logits.isnan().any(-1),
@@ -249,6 +254,8 @@ class Engine:
 
     def _allocate(self, num_slots: int, width: int) -> None:
         config = self.model.config
+        without_logits = getattr(self.rule, "takes_hidden", False) and getattr(self.model, "plain_lm_head", False)
+        self._model_with_head: Any = self.model if without_logits else None
         self.cache = KVCache(
             config.num_hidden_layers,
             num_slots,
@@ -264,8 +271,8 @@ class Engine:
         """Blocks are counted from the row's start: the first one may hold the prompt's tail."""
         return prompt_length // self.block_length * self.block_length
 
-    def _logits(self, active: list[int], rows: list[_Row], kept: Tensor) -> Tensor:
-        """Logits [R * n, V] of the positions ``kept`` int64 [R, n] of each row's block; commits what comes before the block."""
+    def _logits(self, active: list[int], rows: list[_Row], kept: Tensor) -> Tensor | Unprojected:
+        """Logits [R, n, V] of the positions ``kept`` int64 [R, n] of each row's block; commits what comes before the block."""
         query_lens, commits = [0] * len(self._rows), [0] * len(self._rows)
         pieces, block_begins, packed = [], [], 0
         for slot, row in zip(active, rows, strict=True):
@@ -276,7 +283,14 @@ class Engine:
             block_begins.append(packed - self.block_length)
         keep = (self._index(block_begins)[:, None] + kept).flatten()
         mask = self.cache.mask(query_lens)
-        logits = self.model.forward(torch.cat(pieces), mask=mask, cache=self.cache, logits_to_keep=keep).logits
+        tokens = torch.cat(pieces)
+        logits: Tensor | Unprojected
+        with torch.inference_mode():  # under no_grad alone, ops that have a gradient pass through Python code of torch.library
+            if self._model_with_head is None:
+                logits = self.model.forward(tokens, mask=mask, cache=self.cache, logits_to_keep=keep).logits.view(*kept.shape, -1)
+            else:
+                hidden = self._model_with_head.backbone(tokens, mask=mask, cache=self.cache)[keep]
+                logits = Unprojected(hidden.view(*kept.shape, -1), self._model_with_head.lm_head_weight)
         self.cache.commit(commits)
         return logits
 
@@ -317,7 +331,7 @@ class WindowEngine(Engine):
         if scale > 0.0:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (scale + 1.0) * (conditional - unconditional)
-        return logits
+        return logits.view(len(rows), -1, logits.shape[-1])
 
     def _release(self, slot: int) -> None:
         pass

@@ -70,6 +70,7 @@ class KVCache:
         self._free_pages = list(range(pages - 1, -1, -1))
         self._pages: list[list[int]] = [[] for _ in range(num_rows)]
         self._query_lens: list[int] | None = None
+        self._mask: tuple[tuple[int, ...], DiffusionMask] | None = None
         self._recorded: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
     @property
@@ -92,9 +93,12 @@ class KVCache:
             raise ValueError(f"query_lens: expected lengths of at least 0, got {lens}")
         self._query_lens = lens
         self._recorded = [None] * len(self.keys)
-        context = torch.tensor(self.context_lens, dtype=torch.int32)
-        queries = torch.tensor(lens, dtype=torch.int32)
-        return DiffusionMask.cached(context, queries, self.block_size).to(self.page_table.device)
+        key = (*self.context_lens, *lens)
+        if self._mask is None or self._mask[0] != key:  # the denoising steps of a block share one mask and its tile plan
+            context = torch.tensor(self.context_lens, dtype=torch.int32)
+            queries = torch.tensor(lens, dtype=torch.int32)
+            self._mask = key, DiffusionMask.cached(context, queries, self.block_size).to(self.page_table.device)
+        return self._mask[1]
 
     def record(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep a forward's new keys and values (not copied) until the next :meth:`commit`.

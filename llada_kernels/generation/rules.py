@@ -13,12 +13,24 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..ops.lm_head_unmask import lm_head_unmask
 from ..ops.threshold_unmask import threshold_unmask
 from ..ops.threshold_unmask.reference import philox_uniform
 
-__all__ = ["BlockState", "DecodingRule", "LLaDA20", "LLaDA21", "LowConfidence", "put_rows", "take_rows"]
+__all__ = ["BlockState", "DecodingRule", "LLaDA20", "LLaDA21", "LowConfidence", "Unprojected", "put_rows", "take_rows"]
 
 RuleT = TypeVar("RuleT", bound="DecodingRule")
+
+
+class Unprojected(NamedTuple):
+    """Logits that need not exist: final hidden states [R, n, H] and the LM head [V, H] that would make logits of them."""
+
+    hidden: Tensor
+    lm_head: Tensor
+
+    def logits(self) -> Tensor:
+        """[R, n, V], dtype of the hidden states."""
+        return torch.nn.functional.linear(self.hidden, self.lm_head)
 
 
 class BlockState(NamedTuple):
@@ -67,6 +79,11 @@ class DecodingRule(Protocol):
         """Whether the result depends on the seed."""
         ...
 
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether :meth:`step` serves an :class:`Unprojected` as well, which spares it the logits."""
+        ...
+
     def bind(self: RuleT, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> RuleT:
         """The rule with its ids and everything that depends on the lengths filled in."""
         ...
@@ -83,8 +100,11 @@ class DecodingRule(Protocol):
         """bool [R, L]: the positions whose logits the next step reads."""
         ...
 
-    def step(self, logits: Tensor, tokens: Tensor, state: Any, index: Tensor | None = None) -> tuple[Tensor, Any, Tensor]:
-        """One step: logits [R, n, V] of the positions ``index`` int64 [R, n] (None: all L) -> tokens, state, done bool [R]."""
+    def step(self, logits: Any, tokens: Tensor, state: Any, index: Tensor | None = None) -> tuple[Tensor, Any, Tensor]:
+        """One step: logits [R, n, V] of the positions ``index`` int64 [R, n] (None: all L) -> tokens, state, done bool [R].
+
+        ``logits`` is a Tensor, or where the rule says ``takes_hidden`` perhaps an :class:`Unprojected`.
+        """
         ...
 
     def failed(self, state: Any) -> Tensor:
@@ -135,6 +155,11 @@ class _Rule:
         """Whether the result depends on the seed."""
         return self.temperature > 0.0
 
+    @property
+    def takes_hidden(self) -> bool:
+        """Logits only."""
+        return False
+
     def bind(self: RuleT, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> RuleT:
         """The rule with these ids."""
         bound: Any = self
@@ -167,7 +192,7 @@ class _Rule:
 
     def _unmask(
         self,
-        logits: Tensor,
+        logits: Tensor | Unprojected,
         tokens: Tensor,
         state: BlockState,
         index: Tensor | None,
@@ -175,16 +200,18 @@ class _Rule:
         min_unmask: int | Tensor,
         editing_threshold: float | None = None,
     ) -> tuple[Tensor, BlockState]:
-        """tokens after :func:`threshold_unmask` on the positions ``index``, and the state after this forward."""
+        """tokens after :func:`threshold_unmask` or :func:`lm_head_unmask` on the positions ``index``, and the state after this forward."""
         positions, editable, part = state.positions, state.editable, tokens
         if index is not None:
             positions, editable, part = positions.gather(1, index), editable.gather(1, index), part.gather(1, index)
         assert self.mask_id is not None
-        new, _, counts = threshold_unmask(
-            logits, part, self.mask_id, threshold, editing_threshold, min_unmask, self.temperature, self.top_k, self.top_p,
-            seed=state.seed if self.temperature > 0.0 else None, editable=editable, positions=positions,
-            forward_index=state.forward_index,
-        )  # fmt: skip
+        rules: tuple[Any, ...] = (part, self.mask_id, threshold, editing_threshold, min_unmask, self.temperature, self.top_k, self.top_p)
+        keys: dict[str, Any] = {"editable": editable, "positions": positions, "forward_index": state.forward_index}
+        keys["seed"] = state.seed if self.temperature > 0.0 else None
+        if isinstance(logits, Unprojected):
+            new, _, counts = lm_head_unmask(*logits, *rules, **keys)
+        else:
+            new, _, counts = threshold_unmask(logits, *rules, **keys)
         after = state._replace(step=state.step + 1, forward_index=state.forward_index + 1, bad=counts[:, 0] < 0)
         return (new if index is None else tokens.scatter(1, index, new)), after
 
@@ -228,11 +255,18 @@ class LLaDA20(_Rule):
         )
         return replace(self, mask_id=mask_id, eos_id=eos_id, steps=min(self.steps, gen_length // self.minimal_topk))
 
+    @property
+    def takes_hidden(self) -> bool:
+        """Greedy choices need no logits; drawing does."""
+        return self.temperature == 0.0
+
     def max_steps(self, block_length: int) -> int:
         """Each of the first steps unmasks at least one position, and the schedule sums to block_length."""
         return min(self.steps, block_length)
 
-    def step(self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None) -> tuple[Tensor, BlockState, Tensor]:
+    def step(
+        self, logits: Tensor | Unprojected, tokens: Tensor, state: BlockState, index: Tensor | None = None
+    ) -> tuple[Tensor, BlockState, Tensor]:
         """One step (see :class:`DecodingRule`)."""
         count = _spread(tokens.shape[1], self.steps, state.step)
         new, after = self._unmask(logits, tokens, state, index, self.threshold, count)
@@ -274,6 +308,11 @@ class LLaDA21(_Rule):
         _check(self.max_post_steps >= 0, "max_post_steps", "at least 0", self.max_post_steps)
         _check(self.num_to_transfer >= 1, "num_to_transfer", "at least 1", self.num_to_transfer)
 
+    @property
+    def takes_hidden(self) -> bool:
+        """Greedy choices need no logits; drawing does."""
+        return self.temperature == 0.0
+
     def max_steps(self, block_length: int) -> int:
         """Until the last mask is gone, and after."""
         return -(-block_length // self.num_to_transfer) + self.max_post_steps
@@ -282,7 +321,9 @@ class LLaDA21(_Rule):
         """All positions of the block but the prompt's, when there is editing."""
         return state.editable if self.editing_threshold is not None else self._masked(tokens)
 
-    def step(self, logits: Tensor, tokens: Tensor, state: BlockState, index: Tensor | None = None) -> tuple[Tensor, BlockState, Tensor]:
+    def step(
+        self, logits: Tensor | Unprojected, tokens: Tensor, state: BlockState, index: Tensor | None = None
+    ) -> tuple[Tensor, BlockState, Tensor]:
         """One step (see :class:`DecodingRule`)."""
         new, after = self._unmask(logits, tokens, state, index, self.threshold, self.num_to_transfer, self.editing_threshold)
         unmasked = ~self._masked(new).any(1)

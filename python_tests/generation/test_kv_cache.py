@@ -105,3 +105,16 @@ def test_errors_name_argument_expected_and_got() -> None:
     forward(cache, [8, 0, 0])
     with pytest.raises(ValueError, match=r"at most 12 tokens in the row, got 8 \+ 8"):
         cache.commit([8, 0, 0])
+
+
+def test_the_steps_of_a_block_share_one_mask() -> None:
+    """Its tile plan is built once per block; other lengths and other contexts get another."""
+    cache = KVCache(1, 2, 16, 4, 1, 8)
+    first = cache.mask([4, 0])
+    assert cache.mask([4, 0]) is first
+    assert cache.mask([0, 4]).query_lens.tolist() == [0, 4]  # type: ignore[union-attr]
+    again = cache.mask([4, 0])
+    cache.record(0, torch.zeros(4, 1, 8), torch.zeros(4, 1, 8))
+    cache.commit([4, 0])
+    after = cache.mask([4, 0])
+    assert after is not again and after.context_lens.tolist() == [4, 0]  # type: ignore[union-attr]

@@ -78,3 +78,41 @@ def test_generate_is_a_method_of_the_model() -> None:
     assert not out[0].requires_grad and not out[0].is_inference()
     with pytest.raises(ValueError, match="mask token 47"):
         model.generate(torch.tensor([[5, 47]]))
+
+
+class _Counting(Model):
+    """Counts forwards that make logits."""
+
+    calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+def test_greedy_rules_make_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They choose from hidden states, whose LM head runs on the positions needed only; drawing rules and models with a forward of
+    their own keep the logits. The tokens are the same."""
+    model, prompt = random_model(3, 48, "llada2"), [1, 2, 3]
+    own = random_model(3, 48, "llada2")
+    own.__class__ = _Counting
+    assert model.plain_lm_head and not own.plain_lm_head
+    needed: list[int] = []
+    unmask = generation.rules.lm_head_unmask
+    monkeypatch.setattr(generation.rules, "lm_head_unmask", lambda h, *a, **k: (needed.append(h.shape[1]), unmask(h, *a, **k))[1])
+    for args in ({"decoding": "llada2.0"}, {"decoding": "quality"}, {"temperature": 1.0, "seed": 1}):
+        own.calls = 0
+        needed.clear()
+        ours, by_logits = (generation.generate(m, prompt, gen_length=13, block_length=8, eos_id=-1, **args) for m in (model, own))
+        assert ours[0].tolist() == by_logits[0].tolist() and ours.num_forwards == by_logits.num_forwards == own.calls
+        assert len(needed) == (0 if "temperature" in args else ours.num_forwards)
+        if needed:
+            assert needed[0] == 5 and (min(needed) < 5 or "quality" in args.values())
+
+
+def test_bad_logits_are_named_without_logits_as_well() -> None:
+    model = random_model(3, 48, "llada2")
+    with torch.no_grad():
+        model.lm_head_weight[7] = float("nan")
+    with pytest.raises(ValueError, match=r"got NaN in row 0, position 3 \(prompt of 3 tokens included\)"):
+        generation.generate(model, [1, 2, 3], gen_length=13, block_length=8)
