@@ -22,7 +22,7 @@ from llada_kernels import Config, Model
 from .environment import ROOT
 from .harness import Case, Settings, Variant
 from .runner import main
-from .shapes import bench_config
+from .shapes import bench_config, mini_config, pool_model
 
 ALLOWANCE = 200 * 10**6
 LAYOUTS = ("per_expert", "merged")
@@ -36,24 +36,15 @@ def cases(settings: Settings) -> Iterator[Case]:
                 yield loading(name, folder, layout, shard, settings.quick)
 
 
-def mini_config(size: float) -> Config:
+def config_of(size: float) -> Config:
     """The geometry of LLaDA2.0-mini with 32 experts and as many layers as make ``size`` bytes in bf16."""
-    config = Config(
-        vocab_size=157184, hidden_size=2048, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=4, head_dim=128,
-        rotary_dim=64, rope_theta=600000.0, intermediate_size=5120, moe_intermediate_size=512, num_experts=32, n_group=8,
-        topk_group=4, num_experts_per_tok=8, moe_layers=(False,), shared_expert_intermediate_size=512, routed_scaling_factor=2.5,
-    )  # fmt: skip
-    attention, dense, moe = config.qkv_size * 2048 + 2048 * 2048, 3 * 5120 * 2048, 3 * 512 * 2048 * 33
-    rest = size / 2 - 2 * 157184 * 2048 - attention - dense
-    layers = 1 + max(0, math.ceil(rest / (attention + moe)))
-    values = config.as_fields() | {"num_hidden_layers": layers, "moe_layers": (False,) + (True,) * (layers - 1)}
-    return Config(**values)
+    one, two = (sum(p.numel() for p in Model(mini_config(n, 32), device="meta").parameters()) for n in (1, 2))
+    return mini_config(1 + max(0, math.ceil((size / 2 - one) / (two - one))), 32)
 
 
 def loading(name: str, folder: str, layout: str, shard: str, quick: bool) -> Case:
-    config = bench_config(small=True) if quick else mini_config(4e9)
-    torch.manual_seed(0)
-    model = Model(config, dtype=torch.bfloat16)
+    config = bench_config(small=True) if quick else config_of(4e9)
+    model = pool_model(config)
     model.save_pretrained(folder, layout=layout, max_shard_size=shard)
     stored = {k: v.clone() for k, v in list(model.state_dict().items())[:: max(1, len(model.state_dict()) // 8)]}
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())

@@ -1,4 +1,4 @@
-"""moe_routing: the exact rule of the mini model, from router logits to tokens sorted by expert."""
+"""moe_routing: the exact rule of the mini model, from router logits to tokens sorted by expert; also with pools of experts per block."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .harness import Case, Settings, Variant, backends
 from .runner import main
 from .shapes import MINI, rotate, stays_out
 
+BLOCK = 32
 OP = importlib.import_module("llada_kernels.ops.moe_routing")
 
 
@@ -25,6 +26,9 @@ def cases(settings: Settings) -> Iterator[Case]:
     for tokens in (32, 64) if settings.quick else (32, 512, 2048, 8192):
         if settings.wants(name := f"{tokens} tokens", torch.float32):
             yield routing(name, tokens, settings.quick)
+    tokens, capacity = (64, 48) if settings.quick else (512, 48)
+    if settings.wants(name := f"{tokens} tokens, pools of {capacity} experts per block of {BLOCK}", torch.float32):
+        yield routing(name, tokens, settings.quick, (BLOCK, capacity))
 
 
 def official(logits: Tensor, bias: Tensor, top_k: int, groups: int, used: int, scale: float) -> Routing:
@@ -41,22 +45,40 @@ def official(logits: Tensor, bias: Tensor, top_k: int, groups: int, used: int, s
     return Routing.from_topk(ids, weights, logits.shape[1])
 
 
-def routing(name: str, tokens: int, quick: bool) -> Case:
+def official_pooled(logits: Tensor, bias: Tensor, top_k: int, block: int, capacity: int, scale: float) -> Routing:
+    """The block-wise gate of LLaDA2.2 in PyTorch: only the experts with the largest maximum over the block may be chosen."""
+    scores = logits.sigmoid()
+    biased = (scores + bias).view(-1, block, logits.shape[1])
+    pool = biased.amax(1).topk(capacity, dim=-1)[1]
+    allowed = torch.zeros_like(biased[:, 0], dtype=torch.bool).scatter_(1, pool, True)
+    ids = biased.masked_fill(~allowed.unsqueeze(1), float("-inf")).flatten(0, 1).topk(top_k, dim=-1)[1]
+    weights = scores.gather(1, ids)
+    return Routing.from_topk(ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * scale, logits.shape[1])
+
+
+def routing(name: str, tokens: int, quick: bool, pool: tuple[int, int] | None = None) -> Case:
     experts, top_k = MINI["E"], MINI["K"]
     generator = torch.Generator().manual_seed(0)
     logits, bias = torch.randn(tokens, experts, generator=generator), 0.1 * torch.randn(experts, generator=generator)
     copies = rotate(logits.clone, logits.numel() * 4, quick)
-    expected = moe_routing(logits, bias, top_k, 8, 4, 2.5, backend="reference")
+    groups, used = (1, 1) if pool else (8, 4)
+
+    def ours(x: Tensor, backend: str) -> Routing:
+        return moe_routing(x, bias, top_k, groups, used, 2.5, block_pool=pool, backend=backend)
+
+    def theirs() -> Routing:
+        x = next(copies)
+        return official_pooled(x, bias, top_k, *pool, 2.5) if pool else official(x, bias, top_k, groups, used, 2.5)
+
+    expected = ours(logits, "reference")
     same: list[Callable[[Any], str | None]] = [
         equal([expected.topk_ids, expected.offsets, expected.permutation], lambda r: [r.topk_ids, r.offsets, r.permutation]),
         close([expected.topk_weights], 1e-5, lambda r: [r.topk_weights]),
     ]
     return Case(
-        "moe_routing", name, torch.float32, {"tokens": tokens, "experts": experts, "top_k": top_k, "groups": "4 of 8"},
-        [
-            *backends(OP, lambda backend: moe_routing(next(copies), bias, top_k, 8, 4, 2.5, backend=backend)),
-            Variant("official gate + sort", lambda: official(next(copies), bias, top_k, 8, 4, 2.5)),
-        ],
+        "moe_routing", name, torch.float32,
+        {"tokens": tokens, "experts": experts, "top_k": top_k, "groups": f"{used} of {groups}", "block_pool": pool},
+        [*backends(OP, lambda backend: ours(next(copies), backend)), Variant("official gate + sort", theirs)],
         lambda r: same[0](r) or same[1](r), None,
         float(logits.numel() * 4 + tokens * top_k * 12) if stays_out(logits.numel() * 4) else None,
     )  # fmt: skip

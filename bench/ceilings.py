@@ -34,13 +34,19 @@ class Ceilings:
 
     def measure(self, threads: int, quick: bool = False) -> None:
         """Measure with one and with ``threads`` threads; later measurements only raise what is known."""
-        seconds = 0.02 if quick else 0.3
+        seconds = 0.02 if quick else 0.2
         for count in sorted({1, threads}):
             torch.set_num_threads(count)
             for dtype in _GEMM_DTYPES:
                 self._gemm(dtype, count, [1024] if quick else [1024, 2048, 4096], seconds)
         self._read(sorted({1, threads}), array_bytes(quick), seconds)
         torch.set_num_threads(threads)
+
+    def again(self, threads: int, quick: bool = False) -> None:
+        """A fifth of a second more of the read bandwidth and bf16 products, between cases: neighbours of a shared machine come and go."""
+        torch.set_num_threads(threads)
+        self._gemm(torch.bfloat16, threads, [1024], 0.02 if quick else 0.06)
+        self._read([threads], array_bytes(quick), 0.01 if quick else 0.1)
 
     def get(self, kind: str, threads: int) -> float | None:
         """The ceiling of ``kind`` ("read", "gemm bfloat16", "gemm float32") for a number of threads, if it was measured."""
@@ -90,7 +96,7 @@ class Ceilings:
         total = ctypes.c_uint64()
         for threads in counts:
             for streams in (1, 2, 4):
-                for _ in range(max(2, round(seconds * 20))):
+                for _ in range(max(2, round(seconds * 15))):
                     elapsed = library.bench_read(data, size, threads, streams, ctypes.byref(total))
                     self.note(f"read {threads}", size / elapsed, f"vector loop, {size >> 20} MiB, {streams} streams per thread")
         library.bench_free(data, size)

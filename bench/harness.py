@@ -13,7 +13,9 @@ import torch
 
 from .ceilings import Ceilings
 
-__all__ = ["Case", "Settings", "Statistics", "Stopwatch", "Variant", "backends", "interleave", "measure", "repetitions", "statistics"]
+__all__ = [
+    "Case", "Settings", "Statistics", "Stopwatch", "Variant", "backends", "interleave", "measure", "repetitions", "set_floor", "statistics",
+]  # fmt: skip
 
 Role = Literal["ours", "baseline", "yardstick"]
 
@@ -37,10 +39,10 @@ class Settings:
     quick: bool = False
     threads: int = 1
     only: str = ""
-    seconds: float = 1.0
+    seconds: float = 0.6
     min_reps: int = 5
     max_reps: int = 300
-    once: float = 20.0
+    once: float = 10.0
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.bfloat16
 
@@ -93,6 +95,7 @@ class Case:
         check: takes what a variant returned; None, or what is wrong with it. A variant that fails gets no time.
         flops: of the true work; None: no arithmetic worth counting.
         bytes: that must come from or go to memory at least once.
+        tokens: new or read ones of a call, for a rate of tokens per second.
         arithmetic: the GEMM ceiling that ``flops`` are compared with: "bfloat16" or "float32".
     """
 
@@ -104,6 +107,7 @@ class Case:
     check: Callable[[Any], str | None]
     flops: float | None = None
     bytes: float | None = None
+    tokens: int | None = None
     arithmetic: str = ""
 
     def __post_init__(self) -> None:
@@ -277,12 +281,19 @@ def _finish(row: dict[str, Any], case: Case, variant: Variant, seconds: Statisti
     row["flops"], row["bytes"] = flops, case.bytes if variant.role != "yardstick" else None
     row["gflops"] = None if flops is None else flops / seconds.median / 1e9
     row["gbytes"] = None if row["bytes"] is None else row["bytes"] / seconds.median / 1e9
-    floor = ceilings.floor(flops, row["bytes"], case.arithmetic, row["threads"])
-    if floor is not None:
-        row["floor_seconds"], row["bound"] = floor
-        row["percent_of_ceiling"] = 100 * floor[0] / seconds.median
+    row["tokens_per_second"] = None if case.tokens is None or variant.role == "yardstick" else case.tokens / seconds.median
+    row["arithmetic"] = case.arithmetic
+    set_floor(row, ceilings)
     if variant.extra is not None:
         row["extra"] = variant.extra()
+
+
+def set_floor(row: dict[str, Any], ceilings: Ceilings) -> None:
+    """Least time and share of the ceiling of a row with a time, by the ceilings known now."""
+    floor = ceilings.floor(row["flops"], row["bytes"], row["arithmetic"], row["threads"])
+    if floor is not None:
+        row["floor_seconds"], row["bound"] = floor
+        row["percent_of_ceiling"] = 100 * floor[0] / row["seconds"]["median"]
 
 
 def _ratios(rows: Iterable[dict[str, Any]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,15 @@ def grouped_mm_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tenso
     return weighted.sum(1).to(x.dtype)
 
 
-def exact_tokens(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+class Weights(Protocol):
+    """What gives an expert's weight when asked for it: a tensor [E, N, K], or something that makes it then."""
+
+    @property
+    def shape(self) -> Any: ...
+    def __getitem__(self, expert: int, /) -> Tensor: ...
+
+
+def exact_tokens(x: Tensor, routing: Routing, w_gate_up: Weights, w_down: Weights, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """The output of a few tokens, expert by expert in ``dtype`` (differentiable in x)."""
     width = w_down.shape[2]
     out = []

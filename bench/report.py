@@ -20,7 +20,7 @@ Written by `python -m bench report` from the files in `bench/results`; do not ed
 `python -m bench --help`).
 
 How to read the tables. *time* is the median of repetitions in which all variants of a row took turns; the 10th and 90th percentile are
-in parentheses ("n=1": one call, because it takes longer than 20 s). *rate* counts true work only: visible query-key pairs, rows that
+in parentheses ("n=1": one call, because it takes longer than 10 s). *rate* counts true work only: visible query-key pairs, rows that
 exist, positions with weight; bytes that must be read or written at least once. *of the ceiling* is the least time that this machine
 needs for that work over the time taken. The least time comes from the read bandwidth and the matrix-product rate measured in the same
 run, whichever takes longer (mem: bandwidth, GEMM: arithmetic). The other columns are baselines in the same run: their time, and how
@@ -158,6 +158,8 @@ def own_cells(row: dict[str, Any], memory: bool) -> list[str]:
     rates = [rate(row[k], unit) for k, unit in (("gflops", "FLOP/s"), ("gbytes", "B/s")) if row.get(k)]
     # Of two rates the one that the ceiling is about; the other is in the JSON file.
     shown = rates[-1] if row.get("bound") == "bandwidth" else rates[0] if rates else ""
+    if row.get("tokens_per_second"):
+        shown = ", ".join(filter(None, [f"{number(row['tokens_per_second'])} tokens/s", shown]))
     bound = {"bandwidth": "mem", "arithmetic": "GEMM"}.get(row.get("bound", ""), "")
     percent = f"{row['percent_of_ceiling']:.0f} % {bound}" if "percent_of_ceiling" in row else ""
     return [time + peak(row, memory), shown, percent]

@@ -14,7 +14,7 @@ from llada_kernels.ops import Routing, moe_routing
 
 from .ceilings import last_level_cache
 
-__all__ = ["MINI", "bench_config", "bench_model", "expert_weights", "mini_routing", "rotate", "stays_out"]
+__all__ = ["MINI", "bench_config", "bench_model", "expert_weights", "mini_config", "mini_routing", "pool_model", "rotate", "stays_out"]
 
 #: LLaDA2.x-mini: hidden, expert width, experts, per token, query and KV heads, head dim, vocabulary
 MINI: dict[str, int] = {"H": 2048, "I": 512, "E": 256, "K": 8, "Hq": 16, "Hkv": 4, "D": 128, "V": 157184}
@@ -99,3 +99,43 @@ def bench_model(dtype: torch.dtype, small: bool = False, seed: int = 0) -> Model
     """The bench model with random weights."""
     torch.manual_seed(seed)
     return Model(bench_config(small), dtype=dtype)
+
+
+def mini_config(layers: int = 20, experts: int = 256) -> Config:
+    """LLaDA2.x-mini: 16 billion parameters; fewer with fewer layers or experts."""
+    return Config(
+        vocab_size=157184, hidden_size=2048, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=4, head_dim=128,
+        rotary_dim=64, rope_theta=600000.0, intermediate_size=5120, moe_intermediate_size=512, num_experts=experts, n_group=8,
+        topk_group=4, num_experts_per_tok=8, moe_layers=(False, *[True] * (layers - 1)), shared_expert_intermediate_size=512,
+        routed_scaling_factor=2.5,
+    )  # fmt: skip
+
+
+def pool_model(config: Config, expert_kind: str | None = None) -> Model:
+    """A bf16 model whose weights are stretches of one pool of numbers: drawing billions of them would take longer than a bench.
+
+    Weights have a standard deviation of 0.02; quantised experts are made in their packed form, without bf16 ones.
+    """
+    with torch.device("meta"):
+        model = Model(config, dtype=torch.bfloat16)
+    if expert_kind is not None:
+        model.quantize_experts(expert_kind)
+    model.to_empty(device="cpu")
+    size = 1 << 21
+    generator = torch.Generator().manual_seed(0)
+    # Uniform integers of -127 .. 127 and of -8 .. 7 have standard deviations of 73.6 and 4.6.
+    scale = 0.02 / {None: 1.0, "int8": 73.6, "int4": 4.6}[expert_kind]
+    pools = {
+        torch.int8: torch.randint(-127, 128, (2 * size,), generator=generator, dtype=torch.int8),
+        torch.uint8: torch.randint(0, 256, (2 * size,), generator=generator, dtype=torch.uint8),
+        torch.bfloat16: (torch.randn(2 * size, generator=generator) * 0.02).to(torch.bfloat16),
+    }
+    for number, (name, tensor) in enumerate(model.state_dict().items()):
+        if name.endswith(("norm.weight", ".scales", "expert_bias")):
+            tensor.fill_(scale if name.endswith(".scales") else float(name.endswith("norm.weight")))
+            continue
+        pool = pools[tensor.dtype]
+        for part_number, part in enumerate(tensor.view(-1).split(size)):
+            place = (7919 * number + 104729 * part_number) % size
+            part.copy_(pool[place : place + len(part)])
+    return model.eval()

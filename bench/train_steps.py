@@ -116,20 +116,26 @@ def peak_memory(way: str, dtype: torch.dtype, documents: int, length: int, small
     return dict(json.loads(result.stdout))
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
+    """Bytes that the kernel states of this process: "VmRSS", or "VmHWM" for the peak (Linux)."""
     match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Let the peak of this process start anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _measure(way: str, dtype: torch.dtype, documents: int, length: int, small: bool) -> dict[str, int]:
     step = STEPS[way](dtype, documents, length, small)
     step()  # from here on the optimizer's state exists
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    forget_peak()
     step()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     # Both ways drop their gradients after a step, so they are not in ``before``; they exist at the peak and are not counted.
     gradients = sum(p.numel() * p.element_size() for p in bench_model(dtype, small).parameters())
     return {"peak_bytes": peak - before - gradients}

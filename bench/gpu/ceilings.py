@@ -23,6 +23,9 @@ class DeviceCeilings(Ceilings):
         if settings.device.type == "cuda":
             self._measure()
 
+    def again(self, threads: int, quick: bool = False) -> None:
+        """A GPU has no neighbours: once is enough."""
+
     def get(self, kind: str, threads: int) -> float | None:
         entry = self.values.get(f"{kind} gpu")
         return None if entry is None else float(entry["value"])
