@@ -288,7 +288,7 @@ def test_the_report_comes_from_result_files_alone(tmp_path):
 
 def test_quick_run_of_a_bench(tmp_path):
     path = tmp_path / "out.json"
-    assert bench_command(["rms_norm", "--quick", "--threads", "1", "--only", "forward float32", "--json", str(path)]) == 0
+    assert bench_command(["rms_norm", "--quick", "--threads", "1", "--only", "2048 forward float32", "--json", str(path)]) == 0
     (bench,) = read(path)["benches"].values()
     assert {r["case"] for r in bench["rows"]} == {"32 x 2048 forward"} and {r["dtype"] for r in bench["rows"]} == {"float32"}
     assert all(r["status"] == "ok" and r["seconds"]["median"] > 0 for r in bench["rows"])
