@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["BACKENDS", "check_offsets", "grouped_gemm"]
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

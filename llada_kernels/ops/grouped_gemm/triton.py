@@ -1,0 +1,121 @@
+"""Triton kernels: products of every expert's rows with its weight, forward and backward. moe_mlp is built of them too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _triton
+from .._triton import define, define_autograd, triton_reason
+from ..dispatch import Backend
+
+#: GPUs whose blocks may use more than 99 KiB of shared memory.
+_LARGE_SHARED_MEMORY = (80, 90, 100, 103)
+
+
+def row_tile(rows: int, experts: int, inner: int, x: Tensor) -> dict[str, Any]:
+    """Tile of a product of each expert's rows with its weight: BM rows, BN columns, BK of the ``inner`` columns at a time.
+
+    Few rows per expert: the weights' bytes decide, so they are the 128 rows of the tensor cores' first operand (SWAP), the tokens are
+    its 16 or 64 columns, and 4 stages of 16 KiB in each of 2 or 3 programs keep more bytes in flight than the 33 KiB per
+    multiprocessor that 4.3 TB/s need. Many rows: arithmetic and the L2 cache decide. Tiles of 128 x 256 read 1 byte of it per 85
+    operations, but then a multiprocessor runs one program, whose start and end nothing hides: where the sum is short, two of 128 x 128.
+    """
+    mean, arch = rows / experts, _triton.capability(x.device)
+    swap = mean <= 48
+    small = 16 if mean <= 8 else 64
+    if x.dtype == torch.float32:  # no tensor cores: exact products only
+        return {"BM": small if swap else 64, "BN": 64, "BK": 32, "SWAP": swap, "num_warps": 4, "num_stages": 2}
+    if swap:
+        return {"BM": small, "BN": 128, "BK": 64, "SWAP": True, "num_warps": 4, "num_stages": 4}
+    wide = inner >= 1024 and arch in _LARGE_SHARED_MEMORY
+    return {"BM": 128, "BN": 256 if wide else 128, "BK": 64, "SWAP": False, "num_warps": 8, "num_stages": 3}
+
+
+def row_grid(rows: int, experts: int, columns: int, tile: dict[str, Any], columns_of_tile: int | None = None) -> tuple[int]:
+    """At least as many programs as there are tiles, whatever the offsets."""
+    return ((rows // tile["BM"] + min(experts, rows)) * -(-columns // (columns_of_tile or tile["BN"])),)
+
+
+def multiply_rows(
+    a: Tensor, b: Tensor, out: Tensor, offsets: Tensor, permutation: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """out = a @ b[e].T (``transposed``: a @ b[e]) of each expert's rows; row r is stored as row ``permutation[r]``. All contiguous."""
+    from . import triton_kernels
+
+    rows, inner = a.shape
+    experts, columns = b.shape[0], out.shape[1]
+    if out.numel():
+        tile = row_tile(rows, experts, inner, a)
+        triton_kernels.rows_kernel[row_grid(rows, experts, columns, tile)](
+            a, b, out, offsets, offsets if permutation is None else permutation,
+            EXPERTS=experts, N=columns, INNER=inner, TRANSPOSED=transposed, SCATTER=permutation is not None, **tile,
+        )  # fmt: skip
+    return out
+
+
+def weight_gradient(
+    left: Tensor, right: Tensor, out: Tensor, offsets: Tensor, permutation: Tensor | None = None, left_top_k: int = 0, right_top_k: int = 0
+) -> Tensor:
+    """out[e] = left.T @ right over the rows of expert e. With a top_k, row r of that operand is row ``permutation[r] // top_k``."""
+    from . import triton_kernels
+
+    experts, m, n = out.shape
+    if out.numel():
+        side = 64 if left.dtype == torch.float32 else 128
+        stages = 2 if left.dtype == torch.float32 else 3
+        tile = {"BM": side, "BN": side, "BK": side // 2, "num_warps": 4 if left.dtype == torch.float32 else 8, "num_stages": stages}
+        triton_kernels.weight_gradient_kernel[(experts * -(-m // side) * -(-n // side),)](
+            left, right, out, offsets, offsets if permutation is None else permutation,
+            EXPERTS=experts, M=m, N=n, LEFT_TOP_K=left_top_k, RIGHT_TOP_K=right_top_k, **tile,
+        )  # fmt: skip
+    return out
+
+
+def _forward(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return multiply_rows(a.contiguous(), b.contiguous(), a.new_empty(a.shape[0], b.shape[1]), offsets.contiguous())
+
+
+def _forward_fake(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _backward(grad: Tensor, a: Tensor, b: Tensor, offsets: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
+    grad, a, b, offsets = grad.contiguous(), a.contiguous(), b.contiguous(), offsets.contiguous()
+    grad_a, grad_b = _backward_fake(grad, a, b, offsets, need_a, need_b)
+    if need_a:
+        multiply_rows(grad, b, grad_a, offsets, transposed=True)
+    if need_b:
+        weight_gradient(grad, a, grad_b, offsets)
+    return grad_a, grad_b
+
+
+def _backward_fake(grad: Tensor, a: Tensor, b: Tensor, offsets: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape if need_a else 0), b.new_empty(b.shape if need_b else 0)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_a, need_b, _ = ctx.needs_input_grad
+    grads = torch.ops.llada_kernels_triton.grouped_gemm_backward(grad, *ctx.saved_tensors, need_a, need_b)
+    return grads[0] if need_a else None, grads[1] if need_b else None, None
+
+
+define("grouped_gemm(Tensor a, Tensor b, Tensor offsets) -> Tensor", _forward, _forward_fake)
+define(
+    "grouped_gemm_backward(Tensor grad, Tensor a, Tensor b, Tensor offsets, bool need_a, bool need_b) -> (Tensor, Tensor)",
+    _backward, _backward_fake,
+)  # fmt: skip
+define_autograd("grouped_gemm", _autograd, _setup_context)
+
+
+def _grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return torch.ops.llada_kernels_triton.grouped_gemm(a, b, offsets)
+
+
+BACKEND = Backend("triton", triton_reason, _grouped_gemm)

@@ -1,0 +1,112 @@
+"""The kernels of the Triton backend. Imported at the first launch only."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_tile(offsets_ptr, tile, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """Expert, first row and end of the expert's rows of the tile of that number, when every expert's rows are cut into tiles of ROWS.
+
+    Tiles are numbered expert by expert, so their number depends on the offsets: every program counts them itself, which costs it a
+    fraction of a microsecond, and nothing has to be known on the host. A number beyond the last tile gives the expert EXPERTS or more.
+    """
+    e = tl.arange(0, triton.next_power_of_2(EXPERTS))
+    begin = tl.load(offsets_ptr + e, e < EXPERTS, other=0)
+    end = tl.load(offsets_ptr + e + 1, e < EXPERTS, other=0)
+    tiles = (end - begin + (ROWS - 1)) // ROWS
+    before = tl.cumsum(tiles, 0) <= tile
+    expert = tl.sum(before.to(tl.int32), 0)
+    first = tile - tl.sum(tl.where(before, tiles, 0), 0)
+    known = tl.minimum(expert, EXPERTS - 1)
+    return expert, tl.load(offsets_ptr + known) + first * ROWS, tl.load(offsets_ptr + known + 1)
+
+
+@triton.jit
+def multiply(a_ptrs, b_ptrs, b_mask, B_STEP, acc, INNER: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, ALL: tl.constexpr):
+    """a @ b.T, or b @ a.T with SWAP, of the rows that the pointers [rows, BK] start, along INNER columns.
+
+    Rows of a need no mask: those that do not exist point anywhere. ALL says that there is no mask for b either.
+    """
+    k = tl.arange(0, BK)
+    for k0 in range(0, INNER, BK):
+        if INNER % BK == 0:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs) if ALL else tl.load(b_ptrs, b_mask[:, None], other=0.0)
+        else:
+            inside = (k0 + k < INNER)[None, :]
+            a = tl.load(a_ptrs, inside, other=0.0)
+            b = tl.load(b_ptrs, inside & b_mask[:, None], other=0.0)
+        if SWAP:
+            acc = tl.dot(b, a.T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        a_ptrs += BK
+        b_ptrs += B_STEP
+    return acc
+
+
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "permutation_ptr"])
+def rows_kernel(
+    a_ptr, b_ptr, out_ptr, offsets_ptr, permutation_ptr, EXPERTS: tl.constexpr, N: tl.constexpr, INNER: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SCATTER: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [rows, N] = a [rows, INNER] @ b[expert of the row].T; b is [EXPERTS, N, INNER], or TRANSPOSED [EXPERTS, INNER, N].
+
+    With SCATTER row r of the product is stored as row permutation[r].
+    """
+    n_tiles: tl.constexpr = triton.cdiv(N, BN)
+    expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // n_tiles, EXPERTS, BM)
+    if expert >= EXPERTS:
+        return
+    rows = begin + tl.arange(0, BM)
+    exist = rows < end
+    out_rows = tl.load(permutation_ptr + rows, exist, other=0) if SCATTER else rows
+    a_rows = tl.minimum(rows, end - 1).to(tl.int64)
+    n = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    a_ptrs = a_ptr + a_rows[:, None] * INNER + k[None, :]
+    b_ptr += expert.to(tl.int64) * (N * INNER)
+    if TRANSPOSED:
+        b_ptrs = b_ptr + n[:, None] + k[None, :] * N
+    else:
+        b_ptrs = b_ptr + n[:, None] * INNER + k[None, :]
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+    acc = multiply(a_ptrs, b_ptrs, n < N, BK * N if TRANSPOSED else BK, acc, INNER, BK, SWAP, N % BN == 0)
+    if SWAP:
+        acc = acc.T
+    out_ptrs = out_ptr + out_rows.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), exist[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "permutation_ptr"])
+def weight_gradient_kernel(
+    left_ptr, right_ptr, out_ptr, offsets_ptr, permutation_ptr, EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    LEFT_TOP_K: tl.constexpr, RIGHT_TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [EXPERTS, M, N] = left [rows of the expert, M].T @ right [rows of the expert, N]; zero for an expert without rows.
+
+    With a TOP_K of at least 1, row r of that operand is its row permutation[r] // TOP_K.
+    """
+    n_tiles: tl.constexpr = triton.cdiv(N, BN)
+    m_tiles: tl.constexpr = triton.cdiv(M, BM)
+    expert = tl.program_id(0) // (m_tiles * n_tiles)
+    m = tl.program_id(0) // n_tiles % m_tiles * BM + tl.arange(0, BM)
+    n = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
+    end = tl.load(offsets_ptr + expert + 1)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for row in range(tl.load(offsets_ptr + expert), end, BK):
+        rows = row + tl.arange(0, BK)
+        exist = rows < end  # what does not exist is zero on both sides: the other operand's values there may be infinite
+        left_rows, right_rows = rows.to(tl.int64), rows.to(tl.int64)
+        if LEFT_TOP_K or RIGHT_TOP_K:
+            slots = tl.load(permutation_ptr + rows, exist, other=0).to(tl.int64)
+            if LEFT_TOP_K:
+                left_rows = slots // LEFT_TOP_K
+            if RIGHT_TOP_K:
+                right_rows = slots // RIGHT_TOP_K
+        left = tl.load(left_ptr + left_rows[:, None] * M + m[None, :], exist[:, None] & (m < M)[None, :], other=0.0)
+        right = tl.load(right_ptr + right_rows[:, None] * N + n[None, :], exist[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(left.T, right, acc, input_precision="ieee")
+    out_ptrs = out_ptr + expert.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
