@@ -37,10 +37,8 @@ def multiply(a_ptrs, b_ptrs, b_mask, B_STEP, acc, INNER: tl.constexpr, BK: tl.co
             inside = (k0 + k < INNER)[None, :]
             a = tl.load(a_ptrs, inside, other=0.0)
             b = tl.load(b_ptrs, inside & b_mask[:, None], other=0.0)
-        if SWAP:
-            acc = tl.dot(b, a.T, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        left, right = (b, a) if SWAP else (a, b)
+        acc = tl.dot(left, right.T, acc, input_precision="ieee")
         a_ptrs += BK
         b_ptrs += B_STEP
     return acc
@@ -67,10 +65,7 @@ def rows_kernel(
     k = tl.arange(0, BK)
     a_ptrs = a_ptr + a_rows[:, None] * INNER + k[None, :]
     b_ptr += expert.to(tl.int64) * (N * INNER)
-    if TRANSPOSED:
-        b_ptrs = b_ptr + n[:, None] + k[None, :] * N
-    else:
-        b_ptrs = b_ptr + n[:, None] * INNER + k[None, :]
+    b_ptrs = b_ptr + (n[:, None] + k[None, :] * N if TRANSPOSED else n[:, None] * INNER + k[None, :])
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     acc = multiply(a_ptrs, b_ptrs, n < N, BK * N if TRANSPOSED else BK, acc, INNER, BK, SWAP, N % BN == 0)
     if SWAP:
