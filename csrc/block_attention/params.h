@@ -28,7 +28,7 @@ struct BlockAttentionBackwardParams {
   void *grad_q, *grad_k, *grad_v;
 };
 
-LLADA_DECLARE_CPU_KERNEL(block_attention, BlockAttentionParams)
-LLADA_DECLARE_CPU_KERNEL(block_attention_backward, BlockAttentionBackwardParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(block_attention, BlockAttentionParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(block_attention_backward, BlockAttentionBackwardParams)
 
 }  // namespace llada

@@ -19,6 +19,6 @@ struct CachedBlockAttentionParams {
   void* out;  // [T, heads, head_dim]
 };
 
-LLADA_DECLARE_CPU_KERNEL(cached_block_attention, CachedBlockAttentionParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(cached_block_attention, CachedBlockAttentionParams)
 
 }  // namespace llada

@@ -2,18 +2,24 @@
 //
 // Packing costs one pass over B and pays from about 8 rows of A; below that gemm.h uses B as it lies.
 // Layout: panels of kPanel columns, [ceil(n / kPanel)][k or k / 2][kPanel], zeros beyond n (and beyond an odd k). Elements are floats, or
-// where the level multiplies pairs of bf16 (avx512_bf16) 32-bit pairs of bf16, consecutive in k: the "VNNI" layout, which AMX reads as
-// well.
+// where the level multiplies pairs of bf16 (from avx512_bf16 on) 32-bit pairs of bf16, consecutive in k: the "VNNI" layout, which tiles are
+// loaded from as well.
 #pragma once
 
 #include <type_traits>
 
 #include "common/simd.h"
+#if defined(LLADA_MATRIX_TILES)
+#include "common/tile_gemm.h"
+#endif
 
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
 constexpr int kPanel = 2 * kLanes;
+#if defined(LLADA_MATRIX_TILES)
+static_assert(kPanel == kBlockSide);
+#endif
 #if defined(LLADA_CPU_LEVEL_avx512)
 constexpr int kPackedRows = 12;  // x 2 vectors: 24 accumulators + 2 + 1 of 32 registers
 #else
@@ -67,7 +73,7 @@ __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stri
   for (int64_t j = 0; j < n; j += kPanel, packed += depth * kPanel) {
     const int64_t columns = n - j < kPanel ? n - j : kPanel;
     int64_t done = 0;
-    if (columns == kPanel && k_stride == 1) {
+    if ((columns == kPanel || kOnTiles<T>) && k_stride == 1) {  // on tiles few tokens are packed rather than many rows of a weight
       for (; done + kLanes <= whole; done += kLanes)
         for (int half = 0; half < kPanel; half += kLanes) {
           VecU rows[kLanes];
@@ -75,7 +81,7 @@ __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stri
           for (int c = 0; c < kLanes; ++c) {
             const T* row = b + (j + half + c) * n_stride + done * kDepth;
             __builtin_prefetch(row + kPanel * n_stride, 0, 2);  // the next panel, which is wanted as soon as this one is multiplied
-            rows[c] = load_packed(row);
+            rows[c] = !kOnTiles<T> || half + c < columns ? load_packed(row) : VecU{};
           }
           transpose(rows);
 #pragma GCC unroll 16
@@ -126,8 +132,8 @@ inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, floa
     }
   }
   if constexpr (depth == 2) {
-    if (k % 2) {  // the last element alone: its partner in the panel is zero, in A it may not exist
-      const Vec b0 = load(b + steps * kPanel), b1 = load(b + steps * kPanel + kLanes);
+    if (k % 2) {  // the last element alone: its partner in A may not exist, in a panel packed for more k it is hidden
+      const Vec b0 = (Vec)((VecU)load(b + steps * kPanel) & 0xffff), b1 = (Vec)((VecU)load(b + steps * kPanel + kLanes) & 0xffff);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const T last[2] = {a[m * lda + k - 1], T{0}};
@@ -161,6 +167,7 @@ template <class T>
 __attribute__((noinline)) void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
                                            int64_t ldc, bool accumulate = false, int64_t panel = 0) {
   if (panel == 0) panel = packed_size<T>(kPanel, k);
+  if constexpr (kOnTiles<T>) return gemm_tiles(a, lda, m, packed, n, k, c, ldc, accumulate, panel);
   for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
     const float* b = reinterpret_cast<const float*>(packed);
     const int64_t columns = n - j < kPanel ? n - j : kPanel;

@@ -10,12 +10,21 @@
 #include <cstring>
 #include <limits>
 
+// A level has what the ones below it have. Both levels of AMX multiply bf16 on tiles; amx_emulated is portable code otherwise.
+#if defined(LLADA_CPU_LEVEL_amx) || defined(LLADA_CPU_LEVEL_amx_emulated)
+#define LLADA_MATRIX_TILES
+#endif
+#if defined(LLADA_CPU_LEVEL_amx)
+#define LLADA_CPU_LEVEL_avx512_bf16
+#endif
 #if defined(LLADA_CPU_LEVEL_avx512_bf16)
+#define LLADA_CPU_LEVEL_avx512
 #include <immintrin.h>
 #endif
 
-#if defined(LLADA_CPU_LEVEL_avx512_bf16)
-#define LLADA_CPU_LEVEL_avx512
+#if defined(LLADA_CPU_LEVEL_amx)
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
+#elif defined(LLADA_CPU_LEVEL_avx512_bf16)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
 #elif defined(LLADA_CPU_LEVEL_avx512)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
@@ -26,8 +35,8 @@
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
-#if defined(LLADA_CPU_LEVEL_avx512)
-constexpr int kLanes = 16;
+#if defined(LLADA_CPU_LEVEL_avx512) || defined(LLADA_MATRIX_TILES)
+constexpr int kLanes = 16;  // of amx_emulated as well: operands are packed for tiles
 #elif defined(LLADA_CPU_LEVEL_avx2)
 constexpr int kLanes = 8;
 #else
@@ -162,9 +171,17 @@ inline Vec vexp(Vec x) {
 // What one element of T is multiplied as: how many k a packed 32-bit element holds.
 template <class T>
 constexpr int kPackedDepth = 1;
-#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+#if defined(LLADA_CPU_LEVEL_avx512_bf16) || defined(LLADA_MATRIX_TILES)
 template <>
 constexpr int kPackedDepth<bf16> = 2;
+#endif
+
+// Whether products of T run on tiles (common/tile_gemm.h).
+template <class T>
+constexpr bool kOnTiles = false;
+#if defined(LLADA_MATRIX_TILES)
+template <>
+constexpr bool kOnTiles<bf16> = true;
 #endif
 
 // kLanes packed elements that follow each other in k.

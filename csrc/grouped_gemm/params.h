@@ -21,7 +21,7 @@ struct GroupedGemmBackwardParams {
   void *grad_a, *grad_b;  // nullptr: not wanted
 };
 
-LLADA_DECLARE_CPU_KERNEL(grouped_gemm, GroupedGemmParams)
-LLADA_DECLARE_CPU_KERNEL(grouped_gemm_backward, GroupedGemmBackwardParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(grouped_gemm, GroupedGemmParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(grouped_gemm_backward, GroupedGemmBackwardParams)
 
 }  // namespace llada

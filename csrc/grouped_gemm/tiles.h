@@ -11,18 +11,23 @@
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kStepRows = 48;                     // rows multiplied while they are in a near cache; a multiple of the kernels' rows
-constexpr int64_t kBlockRows = 8 * kStepRows;         // rows of one work item, at most
+#if defined(LLADA_MATRIX_TILES)
+constexpr int64_t kStepRows = 64;  // rows multiplied while they are in a near cache; a multiple of the kernels' rows
+#else
+constexpr int64_t kStepRows = 48;
+#endif
+constexpr int64_t kBlockRows = 384;                   // rows of one work item, at most; a multiple of kStepRows
 constexpr int64_t kTile = 64;                         // columns of one work item
 constexpr int64_t kSumRows = 256, kSumColumns = 256;  // tile of a weight gradient
 constexpr int64_t kSumDepth = 256;                    // rows of an expert that it takes in one step
 
-// Rows from which packing a weight tile pays (measured): without, rows of B are used as dot products, or columns with strides.
-#if defined(LLADA_CPU_LEVEL_avx512)
-constexpr int64_t kPackRowsFrom = 24;
-#else
-constexpr int64_t kPackRowsFrom = 10;
-#endif
+// Rows from which something is packed (measured): with fewer, rows of B are used as dot products, or columns with strides. On tiles the
+// tokens are packed, not the weights, and the dot products of processors with tiles are slow: 100 GFLOP/s a core where 14 GB/s come from
+// memory, so from about 5 rows on they and not memory would set the pace.
+template <class T>
+constexpr int64_t kPackRowsFrom = kOnTiles<T>    ? 5
+                                  : kLanes == 16 ? 24
+                                                 : 10;
 constexpr int64_t kPackColumnsFrom = 8;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -94,44 +99,6 @@ __attribute__((noinline)) void gemm_stream(const T* a, int64_t lda, int64_t m, c
   if (j < n) gemm_nt(a, lda, b + j * k, k, m, n - j, k, c + j, ldc);
 }
 
-// B(k, n) = b[n * n_stride + k * k_stride] as right operand of products with `rows` rows: packed once if there are enough of them.
-template <class T>
-class RightOperand {
- public:
-  void set(const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, int64_t rows) {
-    b_ = b, n_stride_ = n_stride, k_stride_ = k_stride, n_ = n, k_ = k;
-    packed_ = rows >= (k_stride == 1 ? kPackRowsFrom : kPackColumnsFrom);
-    if (!packed_) return;
-    if (const int64_t size = packed_size<T>(n, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
-    pack(buffer_.get(), b, n_stride, k_stride, n, k);
-  }
-  // C[m][n] = or += A[m][k] * B, A row-major.
-  void multiply(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate = false) const {
-    if (packed_)
-      gemm_packed(a, lda, m, buffer_.get(), n_, k_, c, ldc, accumulate);
-    else if (k_stride_ == 1)
-      gemm_nt(a, lda, b_, n_stride_, m, n_, k_, c, ldc, accumulate);
-    else
-      gemm_nn(a, lda, 1, b_, k_stride_, m, n_, k_, c, ldc, accumulate);
-  }
-
- private:
-  const T* b_ = nullptr;
-  int64_t n_stride_ = 0, k_stride_ = 0, n_ = 0, k_ = 0, size_ = 0;
-  bool packed_ = false;
-  std::unique_ptr<uint32_t[]> buffer_;
-};
-
-// rows x columns floats to T.
-template <class T>
-inline void store_tile(const float* tile, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t i = 0;
-    for (; i + kLanes <= columns; i += kLanes) store(out + r * ldo + i, load(tile + r * ld + i));
-    for (; i < columns; ++i) out[r * ldo + i] = from_float<T>(tile[r * ld + i]);
-  }
-}
-
 inline VecU load_wide(const float* p) { return (VecU)load(p); }
 inline VecU load_wide(const bf16* p) { return (VecU)load(p); }
 inline void store_narrow(float* p, VecU v) { store(p, (Vec)v); }
@@ -157,6 +124,68 @@ inline void transpose_rows(Row&& row, int64_t rows, int64_t columns, T* out, int
           for (int64_t j = c; j < least(c + kLanes, columns); ++j) out[j * ldo + i] = row(i)[j];
       }
     }
+}
+
+// B(k, n) = b[n * n_stride + k * k_stride] as right operand of products with `rows` rows: packed once if there are enough of them. On
+// tiles, rows of B that lie in the order of k are the left operand of fewer rows than they are, which are packed instead; B must outlive
+// the products then.
+template <class T>
+class RightOperand {
+ public:
+  void set(const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, int64_t rows) {
+    b_ = b, n_stride_ = n_stride, k_stride_ = k_stride, n_ = n, k_ = k;
+    packed_ = rows >= (k_stride == 1 ? kPackRowsFrom<T> : kPackColumnsFrom);
+    swapped_ = kOnTiles<T> && packed_ && k_stride == 1 && rows < n;
+    if (!packed_) return;
+    if (const int64_t size = packed_size<T>(swapped_ ? kPanel : n, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
+    if (!swapped_) pack(buffer_.get(), b, n_stride, k_stride, n, k);
+  }
+  // C[m][n] = or += A[m][k] * B, A row-major.
+  void multiply(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate = false) const {
+    if (swapped_)
+      multiply_swapped(a, lda, m, c, ldc, accumulate);
+    else if (packed_)
+      gemm_packed(a, lda, m, buffer_.get(), n_, k_, c, ldc, accumulate);
+    else if (k_stride_ == 1)
+      gemm_nt(a, lda, b_, n_stride_, m, n_, k_, c, ldc, accumulate);
+    else
+      gemm_nn(a, lda, 1, b_, k_stride_, m, n_, k_, c, ldc, accumulate);
+  }
+
+ private:
+  void multiply_swapped(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate) const {
+    float columns[kPanel * kPanel];  // of C: one for each of up to kPanel rows of B
+    for (int64_t i = 0; i < m; i += kPanel) {
+      const int64_t rows = least(kPanel, m - i);
+      pack(buffer_.get(), a + i * lda, lda, 1, rows, k_);
+      for (int64_t j = 0; j < n_; j += kPanel) {
+        const int64_t count = least(kPanel, n_ - j);
+        gemm_packed(b_ + j * n_stride_, n_stride_, count, buffer_.get(), rows, k_, columns, kPanel);
+        float* to = c + i * ldc + j;
+        if (!accumulate) {
+          transpose_rows([&](int64_t r) { return columns + r * kPanel; }, count, rows, to, ldc);
+          continue;
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t l = 0; l < count; ++l) to[r * ldc + l] += columns[l * kPanel + r];
+      }
+    }
+  }
+
+  const T* b_ = nullptr;
+  int64_t n_stride_ = 0, k_stride_ = 0, n_ = 0, k_ = 0, size_ = 0;
+  bool packed_ = false, swapped_ = false;
+  std::unique_ptr<uint32_t[]> buffer_;
+};
+
+// rows x columns floats to T.
+template <class T>
+inline void store_tile(const float* tile, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) store(out + r * ldo + i, load(tile + r * ld + i));
+    for (; i < columns; ++i) out[r * ldo + i] = from_float<T>(tile[r * ld + i]);
+  }
 }
 
 // out[e][i][j] = sum over the rows r of e of a(r)[i] * b(r)[j], a(r) a row of m elements and b(r) one of n; zero for experts

@@ -11,6 +11,6 @@ struct LmHeadUnmaskParams {
   int64_t width;
 };
 
-LLADA_DECLARE_CPU_KERNEL(lm_head_unmask, LmHeadUnmaskParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(lm_head_unmask, LmHeadUnmaskParams)
 
 }  // namespace llada

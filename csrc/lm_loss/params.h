@@ -40,7 +40,7 @@ struct LmLossBackwardParams {
   void* grad_lm_head;               // [vocab, width] or null
 };
 
-LLADA_DECLARE_CPU_KERNEL(lm_loss, LmLossParams)
-LLADA_DECLARE_CPU_KERNEL(lm_loss_backward, LmLossBackwardParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(lm_loss, LmLossParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(lm_loss_backward, LmLossBackwardParams)
 
 }  // namespace llada

@@ -81,15 +81,16 @@ struct ForwardScratch {
 template <class T>
 void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act, const Parallel& parallel) {
   T* kept = static_cast<T*>(p.pre_activation);
-  constexpr int64_t kHalf = kTile / 2;  // features at a time: as many gate and up rows
+  constexpr int64_t kHalf = kTile / 2;                  // features at a time: as many gate and up rows
+  constexpr int64_t kBeside = kOnTiles<T> ? kHalf : 0;  // both are used as they lie there; else the first is packed by then
   const int64_t k = p.hidden;
   in_parts(blocks, p.width, kHalf, parallel, [&](auto&& each) {
     float gate[kStepRows * kHalf], up[kStepRows * kHalf];
     const auto gathered = scratch<T>(least(kBlockRows, p.tokens * p.top_k) * k);
-    ForwardScratch<T> own(p.w_gate_up, k, kHalf);
+    ForwardScratch<T> own(p.w_gate_up, k, kHalf + kBeside);
     each([&](const RowBlock& block, int64_t begin, int64_t end) {
-      const auto weights = [&](int64_t row, int64_t n) {
-        return expert_rows(p.w_gate_up, block.expert, 2 * p.width, k, row, n, own.weights.get());
+      const auto weights = [&](int64_t row, int64_t n, int64_t beside) {
+        return expert_rows(p.w_gate_up, block.expert, 2 * p.width, k, row, n, own.weights.get() + beside * k);
       };
       const int64_t rows = block.end - block.begin;
       const auto multiply_few = [&](int64_t row, int64_t n, float* out) {
@@ -110,7 +111,7 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
       gather(p, static_cast<const T*>(p.x), block.begin, rows, gathered.get());
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
-        if (rows < kPackRowsFrom) {
+        if (rows < kPackRowsFrom<T>) {
           for (int64_t j = 0; j < n; j += kDotColumns) {  // two streams of weights, each in the order of memory
             const int64_t c = least(kDotColumns, n - j);
             multiply_few(i0 + j, c, gate + j);
@@ -119,8 +120,8 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
           activate(block.begin, rows, i0, n);
           continue;
         }
-        own.first.set(weights(i0, n), k, 1, n, k, rows);
-        own.second.set(weights(p.width + i0, n), k, 1, n, k, rows);
+        own.first.set(weights(i0, n, 0), k, 1, n, k, rows);
+        own.second.set(weights(p.width + i0, n, kBeside), k, 1, n, k, rows);
         for (int64_t r = 0; r < rows; r += kStepRows) {
           const int64_t m = least(kStepRows, rows - r);
           own.first.multiply(gathered.get() + r * k, k, m, gate, kHalf);
@@ -149,7 +150,7 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
     };
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = least(kTile, columns - j);
-      if (rows < kPackRowsFrom) {
+      if (rows < kPackRowsFrom<T>) {
         gemm_few(p.w_down, block.expert, p.hidden, k, h0 + j, n, act.get() + block.begin * k, rows, tile, kTile, own.weights.get());
         place(block.begin, rows, j, n);
         continue;

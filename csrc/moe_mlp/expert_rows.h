@@ -22,7 +22,9 @@ inline VecI widen(const int8_t* p) {
 #elif defined(LLADA_CPU_LEVEL_avx2)
   return (VecI)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
-  return VecI{p[0], p[1], p[2], p[3]};
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
 #endif
 }
 inline VecI widen(const uint8_t* p) {
@@ -31,7 +33,9 @@ inline VecI widen(const uint8_t* p) {
 #elif defined(LLADA_CPU_LEVEL_avx2)
   return (VecI)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
-  return VecI{p[0], p[1], p[2], p[3]};
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
 #endif
 }
 

@@ -38,7 +38,7 @@ struct MoeMlpBackwardParams {
   void *grad_x, *grad_w_gate_up, *grad_w_down;  // nullptr: not wanted
 };
 
-LLADA_DECLARE_CPU_KERNEL(moe_mlp, MoeMlpParams)
-LLADA_DECLARE_CPU_KERNEL(moe_mlp_backward, MoeMlpBackwardParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(moe_mlp, MoeMlpParams)
+LLADA_DECLARE_CPU_MATRIX_KERNEL(moe_mlp_backward, MoeMlpBackwardParams)
 
 }  // namespace llada

@@ -6,7 +6,7 @@
 
 #include "threshold_unmask/params.h"
 
-namespace llada::LLADA_CPU_LEVEL {
+namespace llada::LLADA_VECTOR_LEVEL {
 
 constexpr int64_t kPart = 1024;  // ids of a part, as _PART in reference.py: it decides about the last bits of a confidence
 
@@ -28,4 +28,8 @@ PartSum reduce_part(const float* x, int64_t n, int64_t first, int64_t mask_token
 // read where the temperature is above 0 only.
 void decide(const ThresholdUnmaskParams& p, const PartSum* sums, const Best* best, int64_t runs, const Parallel& parallel);
 
-}  // namespace llada::LLADA_CPU_LEVEL
+}  // namespace llada::LLADA_VECTOR_LEVEL
+
+namespace llada::LLADA_CPU_LEVEL {
+using namespace LLADA_VECTOR_LEVEL;
+}

@@ -272,7 +272,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"])
 def test_every_cpu_level(level):
     """The machine's other instruction levels, each in a process of its own."""
     environment = {**os.environ, "LLADA_KERNELS_CPU": level, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,101 @@
+"""CPU levels: how one is chosen, its matrix products to the last element, and the ops that multiply matrices at each level.
+
+Level amx_emulated runs what is written for AMX on a scalar stand-in for tiles, so packing, strides and remainders are tested anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"]
+
+
+def run_at(level: str, command: list[str]) -> str:
+    """Output of a command at a level; skips the test if this machine lacks it."""
+    environment = {**os.environ, "LLADA_KERNELS_CPU": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    if "this machine has no" in done.stderr:
+        pytest.skip(f"this machine has no {level}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+PRINT_LEVEL = "import torch, llada_kernels; print(torch.ops.llada_kernels.cpu_level())"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_can_be_forced(level):
+    assert run_at(level, [sys.executable, "-c", PRINT_LEVEL]).strip() == level
+
+
+def test_an_unknown_level_is_an_error():
+    environment = {**os.environ, "LLADA_KERNELS_CPU": "magic"}
+    done = subprocess.run([sys.executable, "-c", PRINT_LEVEL], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"ValueError: LLADA_KERNELS_CPU: expected one of {', '.join(LEVELS)}, got magic" in done.stderr
+
+
+def test_the_emulated_level_is_never_chosen():
+    environment = {k: v for k, v in os.environ.items() if k != "LLADA_KERNELS_CPU"}
+    done = subprocess.run([sys.executable, "-c", PRINT_LEVEL], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in LEVELS and done.stdout.strip() != "amx_emulated"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_packed_products_are_exact(level, tmp_path):
+    """Every remainder of rows, columns and depth, strides, and memory around the operands; the semantics of tiles."""
+    run_at(level, [sys.executable, "-c", PRINT_LEVEL])
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    assert compiler is not None, "the package is built with a C++ compiler"
+    source, program = ROOT / "python_tests" / "cpp" / "packed_gemm_test.cpp", tmp_path / "packed_gemm_test"
+    flags = ["-std=c++20", "-Os", "-fno-math-errno", "-Wno-psabi", f"-DLLADA_CPU_LEVEL={level}", f"-DLLADA_CPU_LEVEL_{level}"]
+    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    assert run_at(level, [str(program)]).strip() == "ok"
+
+
+OPS = """
+import torch
+from llada_kernels.ops import grouped_gemm, lm_head_unmask, lm_loss
+torch.manual_seed(0)
+
+def compare(call, leaves, tolerance):
+    results = []
+    for backend in ("native", "reference"):
+        own = [t.clone().requires_grad_() for t in leaves]
+        out = call(backend, *own)
+        results.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), own)])
+    for ours, theirs in zip(*results):
+        scale = float(theirs.detach().abs().max()) + 1e-30
+        torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, atol=tolerance, rtol=0)
+
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    # groups of every kind of size: none, one row, as many as are packed, more than a step; odd depths and columns
+    for n, k in ((70, 75), (64, 96), (33, 31)):
+        offsets = torch.tensor([0, 1, 1, 7, 30, 97, 230], dtype=torch.int32)
+        a, b = torch.randn(230, k).to(dtype), torch.randn(6, n, k).to(dtype)
+        compare(lambda backend, a, b: grouped_gemm(a, b, offsets, backend=backend), (a, b), tolerance)
+    hidden, head = torch.randn(75, 72).to(dtype), (torch.randn(331, 72) / 8).to(dtype)
+    targets, weights = torch.randint(331, (75,)), torch.rand(75) * (torch.rand(75) < 0.9)
+    compare(lambda backend, h, w: lm_loss(h, w, targets, weights, backend=backend)[0], (hidden, head), tolerance)
+    for positions in (3, 20):
+        tokens = torch.full((2, positions), 330)
+        tokens, confidence, counts = zip(*(
+            lm_head_unmask(hidden[: 2 * positions].view(2, positions, -1) * 2, head, tokens, 330, 0.5, backend=backend)
+            for backend in ("native", "reference")
+        ))
+        torch.testing.assert_close(confidence[0], confidence[1], atol=tolerance, rtol=0)
+        assert tokens[0].shape == tokens[1].shape and bool((tokens[0] == tokens[1]).float().mean() > 0.9)
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_matrix_ops(level):
+    """Those that have no test of this kind of their own (attention, moe_mlp and quantised experts do)."""
+    run_at(level, [sys.executable, "-c", OPS])
