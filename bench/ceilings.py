@@ -23,7 +23,11 @@ _GEMM_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Ceilings:
-    """Read bandwidth and GEMM arithmetic per number of threads: the best of everything seen in the run.
+    """Read bandwidth and GEMM arithmetic per number of threads: the best of everything seen in the run, and bandwidth at any moment.
+
+    Two threads of a virtual machine read 42 or 75 GB/s, from one second to the next: by where the host places them (measured with one
+    loop, pages of 4 KB and of 2 MB alike, while one thread reads 40 and two compute at full speed in both states). So what is bound by
+    bandwidth is compared with what could be read beside each of its repetitions, :meth:`read_now`.
 
     Attributes:
         values: ``{"read 2": {"value": 52e9, "how": "..."}, "gemm bfloat16 2": ...}`` in bytes and FLOPs per second.
@@ -31,6 +35,12 @@ class Ceilings:
 
     def __init__(self, values: dict[str, dict[str, Any]] | None = None) -> None:
         self.values = {} if values is None else values
+        self._library: ctypes.CDLL | None = None
+        self._data = self._size = self._place = 0
+
+    def __del__(self) -> None:
+        if self._library is not None:
+            self._library.bench_free(self._data, self._size)
 
     def measure(self, threads: int, quick: bool = False) -> None:
         """Measure with one and with ``threads`` threads; later measurements only raise what is known."""
@@ -48,14 +58,27 @@ class Ceilings:
         self._gemm(torch.bfloat16, threads, [1024], 0.02 if quick else 0.06)
         self._read([threads], array_bytes(quick), 0.01 if quick else 0.1)
 
+    def read_now(self, threads: int, size: float | None) -> float | None:
+        """Bytes per second that ``threads`` threads read at this moment, from memory in pages of 2 MB; it takes about 3 ms.
+
+        None for work of ``size`` bytes that a cache could hold in good part: reading beside it would drive it out. None without a compiler.
+        """
+        if self._library is None or size is None or size < 2 * last_level_cache():
+            return None
+        part = self._size // 8
+        self._place = (self._place + part) % self._size
+        return part / self._library.bench_read(self._data + self._place, part, threads, 2, ctypes.byref(ctypes.c_uint64()))
+
     def get(self, kind: str, threads: int) -> float | None:
         """The ceiling of ``kind`` ("read", "gemm bfloat16", "gemm float32") for a number of threads, if it was measured."""
         entry = self.values.get(f"{kind} {threads}")
         return None if entry is None else float(entry["value"])
 
-    def floor(self, flops: float | None, size: float | None, arithmetic: str, threads: int) -> tuple[float, str] | None:
-        """Least seconds for this work and the ceiling that sets them, "bandwidth" or "arithmetic"."""
-        read, gemm = self.get("read", threads), self.get(f"gemm {arithmetic}", threads)
+    def floor(
+        self, flops: float | None, size: float | None, arithmetic: str, threads: int, read: float | None = None
+    ) -> tuple[float, str] | None:
+        """Least seconds for this work and the ceiling that sets them, "bandwidth" or "arithmetic"; ``read``: the bandwidth beside it."""
+        read, gemm = read or self.get("read", threads), self.get(f"gemm {arithmetic}", threads)
         floors = []
         if size and read:
             floors.append((size / read, "bandwidth"))
@@ -90,16 +113,18 @@ class Ceilings:
                 torch.set_num_threads(threads)
                 self.note(f"read {threads}", matrix.numel() * 4 / _best(lambda: matrix @ vector, seconds), "fp32 matrix-vector product")
             return
-        data = library.bench_allocate(size)
-        if not data:
-            raise MemoryError(f"cannot allocate {size} bytes to measure the read bandwidth")
+        if self._library is None:
+            self._data, self._size = library.bench_allocate(size), size
+            if not self._data:
+                raise MemoryError(f"cannot allocate {size} bytes to measure the read bandwidth")
+            self._library = library
+        data, size = self._data, self._size
         total = ctypes.c_uint64()
         for threads in counts:
             for streams in (1, 2, 4):
                 for _ in range(max(2, round(seconds * 15))):
                     elapsed = library.bench_read(data, size, threads, streams, ctypes.byref(total))
                     self.note(f"read {threads}", size / elapsed, f"vector loop, {size >> 20} MiB, {streams} streams per thread")
-        library.bench_free(data, size)
 
 
 def last_level_cache() -> int:

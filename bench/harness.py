@@ -158,6 +158,7 @@ class _Running:
     first: float
     calls: int = 1
     samples: list[float] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -230,13 +231,17 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
     gc.disable()
     try:
         for index in interleave(counts):
-            running[index].samples.append(_seconds_of_call(running[index], stopwatch))
+            state = running[index]
+            read = None if settings.device.type != "cpu" else ceilings.read_now(state.row["threads"], case.bytes)
+            state.samples.append(_seconds_of_call(state, stopwatch))
+            if read is not None and state.variant.role != "yardstick":
+                state.reads.append(read)
     finally:
         if collecting:
             gc.enable()
         torch.set_num_threads(settings.threads)
     for state in running:
-        _finish(state.row, case, state.variant, statistics(state.samples), ceilings)
+        _finish(state, case, ceilings)
     _ratios(rows)
     return rows
 
@@ -275,12 +280,17 @@ def _seconds_of_call(state: _Running, stopwatch: Stopwatch) -> float:
     return stopwatch(state.variant, state.calls)
 
 
-def _finish(row: dict[str, Any], case: Case, variant: Variant, seconds: Statistics, ceilings: Ceilings) -> None:
+def _finish(state: _Running, case: Case, ceilings: Ceilings) -> None:
+    row, variant, seconds = state.row, state.variant, statistics(state.samples)
     row["seconds"] = seconds.as_dict()
     flops = case.flops if variant.flops is None else variant.flops
     row["flops"], row["bytes"] = flops, case.bytes if variant.role != "yardstick" else None
     row["gflops"] = None if flops is None else flops / seconds.median / 1e9
     row["gbytes"] = None if row["bytes"] is None else row["bytes"] / seconds.median / 1e9
+    if state.reads:
+        pairs = zip(state.samples[-len(state.reads) :], state.reads, strict=True)
+        row["read_beside"] = statistics(state.reads).median
+        row["bandwidth_share"] = statistics([row["bytes"] / read / sample for sample, read in pairs]).median
     row["tokens_per_second"] = None if case.tokens is None or variant.role == "yardstick" else case.tokens / seconds.median
     row["arithmetic"] = case.arithmetic
     set_floor(row, ceilings)
@@ -289,11 +299,16 @@ def _finish(row: dict[str, Any], case: Case, variant: Variant, seconds: Statisti
 
 
 def set_floor(row: dict[str, Any], ceilings: Ceilings) -> None:
-    """Least time and share of the ceiling of a row with a time, by the ceilings known now."""
-    floor = ceilings.floor(row["flops"], row["bytes"], row["arithmetic"], row["threads"])
+    """Least time and share of the ceiling of a row with a time, by the ceilings known now.
+
+    Where the bandwidth was measured beside each repetition, the share is the median of the repetitions' shares: medians of the time and
+    of the bandwidth could be of different moments.
+    """
+    floor = ceilings.floor(row["flops"], row["bytes"], row["arithmetic"], row["threads"], row.get("read_beside"))
     if floor is not None:
         row["floor_seconds"], row["bound"] = floor
-        row["percent_of_ceiling"] = 100 * floor[0] / row["seconds"]["median"]
+        share = floor[0] / row["seconds"]["median"]
+        row["percent_of_ceiling"] = 100 * (row.get("bandwidth_share", share) if row["bound"] == "bandwidth" else share)
 
 
 def _ratios(rows: Iterable[dict[str, Any]]) -> None:

@@ -19,7 +19,10 @@ uint64_t sum_of(const Vec* data, size_t count) {
   Vec total[STREAMS][4] = {};
   for (size_t i = 0; i < part; i += 4)
     for (int s = 0; s < STREAMS; ++s)
-      for (int j = 0; j < 4; ++j) total[s][j] += data[s * part + i + j];
+      for (int j = 0; j < 4; ++j) {
+        __builtin_prefetch(&data[s * part + i + j + 16], 0, 0);  // a line that is used once need not pass through all caches
+        total[s][j] += data[s * part + i + j];
+      }
   uint64_t sum = 0;
   for (auto& stream : total)
     for (auto& v : stream)

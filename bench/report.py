@@ -23,9 +23,10 @@ How to read the tables. *time* is the median of repetitions in which all variant
 in parentheses ("n=1": one call, because it takes longer than 10 s). *rate* counts true work only: visible query-key pairs, rows that
 exist, positions with weight; bytes that must be read or written at least once. *of the ceiling* is the least time that this machine
 needs for that work over the time taken. The least time comes from the read bandwidth and the matrix-product rate measured in the same
-run, whichever takes longer (mem: bandwidth, GEMM: arithmetic). The other columns are baselines in the same run: their time, and how
-many times longer they took than ours. A variant whose values did not pass the check has no time. "(rate)" marks a yardstick that does
-other work: there our rate is divided by its rate.
+run, whichever takes longer (mem: bandwidth, GEMM: arithmetic); work far beyond the caches is compared with the bandwidth measured beside
+each repetition, which on a virtual machine may double from one second to the next. The other columns are baselines in the same run: their
+time, and how many times longer they took than ours. A variant whose values did not pass the check has no time. "(rate)" marks a yardstick
+that does other work: there our rate is divided by its rate.
 """
 
 SCALES = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "us", 1e6))

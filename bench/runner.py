@@ -107,6 +107,8 @@ def describe(row: dict[str, Any]) -> str:
         text += f" {row['tokens_per_second']:8.2f} tokens/s"
     if "percent_of_ceiling" in row:
         text += f" {row['percent_of_ceiling']:5.1f} % of {row['bound']}"
+        if row["bound"] == "bandwidth" and "read_beside" in row:
+            text += f" ({row['read_beside'] / 1e9:.1f} GB/s beside it)"
     if row.get("extra"):
         text += " " + ", ".join(f"{k} {v}" for k, v in row["extra"].items())
     if row.get("ratios"):

@@ -123,6 +123,38 @@ def test_bandwidth_is_the_floor_where_it_takes_longer():
     assert CEILINGS.floor(4e9, None, "bfloat16", 1) is None, "a ceiling that was not measured is not guessed"
 
 
+def test_bandwidth_is_what_could_be_read_beside_each_repetition():
+    class Flipping(Ceilings):
+        """Every other moment twice as fast; the variant, called in between, follows it."""
+
+        moment = 0
+
+        def read_now(self, threads: int, size: float | None) -> float | None:
+            assert (threads, size) == (1, 6e8)
+            self.moment += 1
+            return 1e9 if self.moment % 2 else 2e9
+
+    clock = Clock()
+    ours = clock.variant("native", [0.9, 0.8, 0.4, 0.8], role="ours")
+    (row,) = measure(case([ours], bytes=6e8), Settings(seconds=0.0, min_reps=3), Flipping(CEILINGS.values), Stopwatch(clock))
+    assert row["read_beside"] == 1e9 and row["bound"] == "bandwidth" and row["floor_seconds"] == pytest.approx(0.6)
+    assert row["percent_of_ceiling"] == pytest.approx(75)
+    # Half of the moments each: 75 % of all four pairs, while the medians (0.6 s at 1.5 GB/s) would say 67 %.
+    clock = Clock()
+    ours = clock.variant("native", [0.9, 0.8, 0.4, 0.8, 0.4], role="ours")
+    (row,) = measure(case([ours], bytes=6e8), Settings(seconds=0.0, min_reps=4), Flipping(CEILINGS.values), Stopwatch(clock))
+    assert row["percent_of_ceiling"] == pytest.approx(75) and row["read_beside"] == 1.5e9
+
+
+def test_reading_beside_a_call_leaves_its_caches_alone():
+    ceilings = Ceilings()
+    assert ceilings.read_now(1, 1e12) is None, "nothing was measured yet"
+    ceilings.measure(1, quick=True)
+    assert ceilings.read_now(1, None) is None and ceilings.read_now(1, 1e6) is None
+    rate = ceilings.read_now(1, 1e12)
+    assert rate is None or rate > 1e8  # None: no compiler
+
+
 def test_a_variant_with_wrong_values_gets_no_time_and_is_not_called_again():
     clock = Clock()
     wrong = clock.variant("native", [0.1], value=1.0 + 1e-6, role="ours")
