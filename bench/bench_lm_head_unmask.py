@@ -1,4 +1,5 @@
-"""lm_head_unmask at the mini geometry: LM head and sampler of a block of 32 tokens, against F.linear and a sampler on its logits."""
+"""lm_head_unmask at the mini and the bench model's geometry: LM head and sampler of up to a block of 32 tokens, against F.linear and a
+sampler on its logits."""
 
 from __future__ import annotations
 
@@ -24,13 +25,12 @@ LENGTH = 32
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    width, vocab = (64, 4096) if settings.quick else (MINI["H"], MINI["V"])
-    for rows, length, dtype in (
-        (1, LENGTH, torch.bfloat16),
-        (1, 1, torch.bfloat16),
-        (8, LENGTH, torch.bfloat16),
-        (1, LENGTH, torch.float32),
-    ):
+    both = (torch.bfloat16, torch.float32)
+    mini, small = ((64, 4096), (32, 1000)) if settings.quick else ((MINI["H"], MINI["V"]), (512, 32000))
+    lengths = [1, LENGTH] if settings.quick else [1, 4, 8, 16, LENGTH]
+    shapes = [(1, length, *size, dtype) for size in (mini, small) for dtype in both for length in lengths]
+    shapes.append((8, LENGTH, *mini, torch.bfloat16))
+    for rows, length, width, vocab, dtype in shapes:
         name = f"{rows} x {length} x {vocab}, hidden {width}"
         if settings.wants(name, dtype):
             yield sampler(name, rows, length, width, vocab, dtype)
@@ -52,7 +52,8 @@ def sampler(name: str, rows: int, length: int, width: int, vocab: int, dtype: to
     expected = lm_head_unmask(hidden, lm_head, tokens, mask_id, 0.9, backend="reference")
     same_choice = equal([preferred], lambda r: [r[1]])
     # bf16 rounds a logit of 20 by up to 0.06, and a probability by 6 %.
-    confidence = close([expected.confidence], 0.1 if dtype == torch.bfloat16 else 1e-4, lambda r: [r[0]])
+    # fp32 sums of 2048 products in another order differ by up to 1e-5 of a logit.
+    confidence = close([expected.confidence], 0.1 if dtype == torch.bfloat16 else 3e-4, lambda r: [r[0]])
 
     def check(result: tuple[torch.Tensor, ...]) -> str | None:
         if isinstance(result, Unmasked):

@@ -1,8 +1,14 @@
-"""threshold_unmask over the logits of a block of 32 tokens and the vocabulary of the mini model: greedy, and drawing at temperature 1."""
+"""threshold_unmask over the logits of a block of 32 tokens and the vocabulary of the mini model: greedy, and drawing at temperature 1.
+
+softmax + max writes 20 MB of probabilities per call of the mini model's block, and what that costs depends on the allocator: the C library
+may keep freed blocks (no page fault) or give them back to the system (5000 page faults a call), by what else the process has allocated.
+So three baselines: as PyTorch comes, and both states by force.
+"""
 
 from __future__ import annotations
 
 import importlib
+import mmap
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +45,17 @@ def softmax_max(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1, dtype=torch.float32).max(-1)
 
 
+def softmax_max_into(probabilities: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`softmax_max` in memory that is given; bf16 logits PyTorch first converts in a temporary of its own."""
+    return torch.softmax(logits, -1, torch.float32, out=probabilities).max(-1)
+
+
+def softmax_max_fresh(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`softmax_max` in memory that the process did not have before the call."""
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * logits.numel()), dtype=torch.float32)
+    return softmax_max_into(memory.view(logits.shape), logits)
+
+
 def sampler(
     name: str, rows: int, vocab: int, dtype: torch.dtype, options: dict[str, Any], settings: Settings, length: int = LENGTH
 ) -> Case:
@@ -55,7 +72,10 @@ def sampler(
     exact = equal([expected.tokens, expected.confidence, expected.counts])
     variants = backends(OP, lambda backend: threshold_unmask(next(copies), tokens, mask_id, backend=backend, **options))
     if "temperature" not in options:
+        reused = torch.zeros(logits.shape)
         variants.append(Variant("softmax + max", lambda: softmax_max(next(copies))))
+        variants.append(Variant("softmax + max, fresh pages", lambda: softmax_max_fresh(next(copies))))
+        variants.append(Variant("softmax + max, one buffer reused", lambda: softmax_max_into(reused, next(copies))))
     confidence = close([expected.confidence], 1e-4, lambda r: [r[0]])
     return Case(
         "threshold_unmask", name, dtype, {"rows": rows, "length": length, "vocabulary": vocab, **options}, variants,
