@@ -7,12 +7,13 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .. import _library
-from ._common import check_same, check_shape, check_tensor, native_reason
-from .dispatch import Backend, run
-from .rms_norm import normalised
+from .._common import check_same, check_shape, check_tensor
+from ..dispatch import run
+from . import native, reference, triton
 
-__all__ = ["rope", "rope_tables"]
+__all__ = ["BACKENDS", "rope", "rope_tables"]
+
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
 
 
 def rope_tables(position_ids: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def rope(
     before it turns, as by :func:`rms_norm`.
 
     Args:
-        q: [N, heads, D] fp32 or bf16 (reference: any floating dtype): queries, or any heads. Views of a fused QKV product are
+        q: [N, heads, D] fp32 or bf16 (triton: fp16 too; reference: any floating dtype): queries, or any heads. Views of a fused QKV product are
             used as they lie.
         cos: [T, R] dtype of q, R even and at most D: see :func:`rope_tables`.
         sin: [T, R] dtype of q.
@@ -84,7 +85,7 @@ def rope(
 
     Precision: norms as :func:`rms_norm`; each product and each sum of the rotation is rounded to the dtype of q, as in the
         official code. Rotations, forward and backward, are bitwise equal in all backends; a norm's bits are those of
-        :func:`rms_norm` of the same backend.
+        :func:`rms_norm` of the same backend (native and reference; triton sums in another order).
     Determinism: bitwise, on any number of threads; differentiable in q, k and the weights.
 
     Raises:
@@ -115,79 +116,3 @@ def rope(
             check_shape(name, weight, head_dim)
             check_same(name, weight, "q", q)
     return run("rope", BACKENDS, backend, q, cos, sin, k, q_weight, k_weight, float(eps))
-
-
-def _reference(
-    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
-) -> Tensor | tuple[Tensor, Tensor]:
-    if q_weight is not None:
-        q = normalised(q, q_weight, eps)
-    if k is None:
-        return _turned(q, cos, sin)
-    if k_weight is not None:
-        k = normalised(k, k_weight, eps)
-    return _turned(q, cos[: q.shape[0]], sin[: q.shape[0]]), _turned(k, cos, sin)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rotary_dim = cos.shape[1]
-    turning, passing = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = turning.chunk(2, dim=-1)
-    rotated_half = torch.cat((-second, first), dim=-1)
-    turned = turning * cos.unsqueeze(1) + rotated_half * sin.unsqueeze(1)
-    return torch.cat((turned, passing), dim=-1)
-
-
-def _native_supports(
-    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
-) -> str | None:
-    if cos.requires_grad or sin.requires_grad:
-        return "native treats cos and sin as constants, one of them requires a gradient"
-    return native_reason(q, cos, sin, k, q_weight, k_weight)
-
-
-def _native(
-    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
-) -> Tensor | tuple[Tensor, Tensor]:
-    weights = (w if w is None else w.contiguous() for w in (q_weight, k_weight))
-    parts = (_heads(q), None if k is None else _heads(k), cos.contiguous(), sin.contiguous(), *weights, eps)
-    q_out, k_out, _ = torch.ops.llada_kernels.rope(*parts)
-    return q_out if k is None else (q_out, k_out)
-
-
-def _heads(x: Tensor) -> Tensor:
-    """``x`` [T, heads, D] such that the heads of each token lie one after the other."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
-
-
-if _library.load_error is None:
-
-    @torch.library.register_fake("llada_kernels::rope")
-    def _fake(q, k, cos, sin, q_weight, k_weight, eps):  # type: ignore[no-untyped-def]
-        rows = 0 if q_weight is None else q.shape[0] * q.shape[1] + (0 if k is None else k.shape[0] * k.shape[1])
-        return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape), q.new_empty(rows, dtype=torch.float32)
-
-    @torch.library.register_fake("llada_kernels::rope_backward")
-    def _fake_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, rstd):  # type: ignore[no-untyped-def]
-        weights = (grad_q.new_empty(0 if w is None else w.shape, dtype=torch.float32) for w in (q_weight, k_weight))
-        return grad_q.new_empty(grad_q.shape), grad_q.new_empty(0 if grad_k is None else grad_k.shape), *weights
-
-    def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        q, k, cos, sin, q_weight, k_weight, _ = inputs
-        ctx.with_k, normed = k is not None, q_weight is not None
-        ctx.save_for_backward(q if normed else None, k if normed else None, cos, sin, q_weight, k_weight, output[2])
-        ctx.mark_non_differentiable(output[2], *([] if ctx.with_k else [output[1]]))
-
-    def _backward(ctx, grad_q, grad_k, _grad_rstd):  # type: ignore[no-untyped-def]
-        grads, saved = (_heads(grad_q), _heads(grad_k) if ctx.with_k else None), ctx.saved_tensors
-        out_q, out_k, *of_weights = torch.ops.llada_kernels.rope_backward(*grads, *saved)
-        weights = (None if w is None else g.to(w.dtype) for w, g in zip(saved[4:6], of_weights, strict=True))
-        return out_q, out_k if ctx.with_k else None, None, None, *weights, None
-
-    torch.library.register_autograd("llada_kernels::rope", _backward, setup_context=_setup_context)
-
-
-BACKENDS = (
-    Backend("native", _native_supports, _native),
-    Backend("reference", lambda *_: None, _reference),
-)
