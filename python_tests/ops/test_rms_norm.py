@@ -150,5 +150,5 @@ def test_errors():
         rms_norm([1.0], torch.randn(8))
     with pytest.raises(ValueError, match="native serves float32, bfloat16, got torch.float64"):
         rms_norm(x.double(), torch.randn(8).double(), backend="native")
-    with pytest.raises(ValueError, match="backend: expected one of native, reference, got 'magic'"):
+    with pytest.raises(ValueError, match="backend: expected one of native, triton, reference, got 'magic'"):
         rms_norm(x, torch.randn(8), backend="magic")

@@ -11,8 +11,8 @@ from .. import _triton
 from .._triton import define, define_autograd, triton_reason
 from ..dispatch import Backend
 
-#: Widest row that a program holds in its registers: 64 numbers per thread.
-WIDEST = 16384
+#: Widest row that a program holds in its registers: 32 numbers per thread.
+WIDEST = 8192
 
 
 def _supports(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> str | None:
@@ -31,7 +31,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
 def _blocks(width: int) -> dict[str, int]:
     """Whole rows, 16 elements and more per thread: several loads of 16 bytes are in flight."""
     columns = max(16, 1 << (width - 1).bit_length())
-    return {"COLUMNS": columns, "ROWS": max(1, 2048 // columns), "num_warps": min(16, max(4, columns // 1024))}
+    return {"COLUMNS": columns, "ROWS": max(1, 2048 // columns), "num_warps": min(8, max(4, columns // 1024))}
 
 
 def programs(rows: int, rows_per_tile: int, device: torch.device) -> int:

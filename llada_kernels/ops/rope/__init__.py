@@ -70,8 +70,8 @@ def rope(
     before it turns, as by :func:`rms_norm`.
 
     Args:
-        q: [N, heads, D] fp32 or bf16 (triton: fp16 too; reference: any floating dtype): queries, or any heads. Views of a fused QKV product are
-            used as they lie.
+        q: [N, heads, D] fp32 or bf16 (triton: fp16 too; reference: any floating dtype): queries, or any heads. Views of a fused QKV
+            product are used as they lie.
         cos: [T, R] dtype of q, R even and at most D: see :func:`rope_tables`.
         sin: [T, R] dtype of q.
         k: [T, KV heads, D] dtype of q, or None. With k, q may be of its first N tokens only; without, N is T.

@@ -98,7 +98,8 @@ def _backward(
         rope_backward_kernel[(sum(counts),)](
             grad_q, keys, grad_q.stride(0), keys.stride(0), *inputs, *(x.stride(0) for x in inputs), *weights, rstd,
             grad_q_in, grad_k_in, partial, cos, sin, *rows, *counts,
-            NORM=normed, Q_HEADS=max(1, grad_q.shape[1]), K_HEADS=max(1, keys.shape[1]), DIM=dim, ROTARY=rotary, **blocks, enable_fp_fusion=False,
+            NORM=normed, Q_HEADS=max(1, grad_q.shape[1]), K_HEADS=max(1, keys.shape[1]), DIM=dim, ROTARY=rotary, **blocks,
+            enable_fp_fusion=False,
         )  # fmt: skip
         if normed:
             of_weights = [sum_parts(part) if len(part) else out for part, out in zip(partial.split(counts), of_weights, strict=True)]

@@ -8,7 +8,10 @@ from llada_kernels.testing import assert_as_exact_as
 
 from ...ops.test_rope import official
 
-SHAPES = [(5, 3, 128, 64), (4, 2, 64, 64), (7, 1, 24, 10), (2, 5, 8, 2), (3, 2, 40, 34), (70, 2, 16, 8), (0, 2, 16, 8), (2, 0, 16, 8), (3, 2, 16, 0)]  # fmt: skip
+SHAPES = [  # tokens, heads, head_dim, rotary_dim
+    *[(5, 3, 128, 64), (4, 2, 64, 64), (7, 1, 24, 10), (2, 5, 8, 2), (3, 2, 40, 34), (70, 2, 16, 8)],
+    *[(0, 2, 16, 8), (2, 0, 16, 8), (3, 2, 16, 0)],
+]
 
 
 def normed(x, weight, eps):
