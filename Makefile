@@ -1,11 +1,11 @@
-# make demo | make test: each creates .venv if there is none, installs what is missing (torch first), then runs.
+# make demo | make test | make bench: each creates .venv if there is none, installs what is missing (torch first), then runs.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CLANG_FORMAT_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: demo test lint install aarch64 clean
+.PHONY: demo test bench lint install aarch64 clean
 
 demo: install
 	$(BIN)/llada-kernels demo $(ARGS)
@@ -23,6 +23,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install -q "setuptools>=77" "pybind11>=2.13" cmake ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
 	touch $@
+
+# Measures all there is and rewrites docs/performance.md; ARGS=--quick only sees whether everything works.
+bench: install
+	$(BIN)/python -m bench $(ARGS)
 
 lint: install
 	$(BIN)/pip install -q "ruff==0.17.5" "clang-format==18.1.8" mypy

@@ -12,6 +12,7 @@ import torch
 
 from bench import compare, report
 from bench.__main__ import main as bench_command
+from bench.bench_repeatability import repeated
 from bench.ceilings import Ceilings
 from bench.checks import as_exact_as, close, equal
 from bench.harness import Case, Settings, Stopwatch, Variant, interleave, measure, repetitions, statistics
@@ -199,6 +200,22 @@ def test_checks_find_wrong_values():
     assert close(exact, 0.01)(torch.tensor([1.1, 2.1]))
     assert equal(exact)(torch.tensor([1.0, 2.0])) is None
     assert equal(exact)(torch.tensor([1.0, 2.000001]))
+
+
+def test_repeatability_sees_one_bit_and_one_number_of_threads():
+    signs = iter([1.0] * 7 + [-1.0] + [1.0] * 100)
+    changing = repeated("sign of zero", torch.float32, lambda: [torch.zeros(3) * next(signs)], threads=1)
+    assert changing.check(changing.variants[0].run()) == "1 of 20 calls with 1 threads differ from the first with " + str(
+        torch.get_num_threads()
+    )
+    by_threads = repeated("threads", torch.float32, lambda: [torch.tensor(torch.get_num_threads())], threads=2)
+    torch.set_num_threads(2)
+    assert "20 of 20 calls with 1 threads differ" in str(by_threads.check(by_threads.variants[0].run()))
+    assert torch.get_num_threads() == 2
+    steady = repeated("steady", torch.float32, lambda: [torch.tensor([float("nan"), 1.0])], threads=2)
+    assert steady.check(steady.variants[0].run()) is None
+    ran = measure(steady, Settings(seconds=0.0), CEILINGS)
+    assert ran[0]["extra"] == {"bitwise_equal_calls": 40, "threads": [1, 2]}
 
 
 def test_routing_distributions_differ_as_stated():

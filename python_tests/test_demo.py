@@ -40,6 +40,9 @@ def test_demo_end_to_end(tmp_path):
     # Too few steps to convert well; long enough to see that the AR start helps and that all learn something.
     assert results.after < results.scratch < 512 and results.before < 512
     assert results.ar_perplexity < results.unigram_perplexity
+    # What quantised experts cost: paired, the same masks on the same held-out text.
+    assert results.quantized["int8"] / results.after <= 1.005 and results.quantized["int4"] / results.after <= 1.03
+    assert len({results.after, *results.quantized.values()}) == 3, "the three models differ"
     assert results.same_tokens and results.cached_seconds > 0 and results.uncached_seconds > 0
     assert all(v >= 1.0 for v in results.tokens_per_forward.values())
     for name in ("training.png", "unmasking_order.png"):
@@ -49,7 +52,7 @@ def test_demo_end_to_end(tmp_path):
     assert config.family == "llada2" and not config.causal
     assert Model.from_pretrained(tmp_path / "model").config.mask_token_id == 511
     shown = text.getvalue()
-    for part in ("unigram", "block-size plan", "bit for bit", "[forward   1]", "tokens per forward", "left"):
+    for part in ("unigram", "block-size plan", "bit for bit", "[forward   1]", "tokens per forward", "with int4 experts", "left"):
         assert part in shown
     assert "\x1b" not in shown  # plain without a terminal
 

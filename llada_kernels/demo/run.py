@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from ..config import Config
 from ..generation import StepRecorder, plain
 from ..model import Model
+from ..ops.quantized_experts import KINDS
 from ..training import PackedDataset, Plan, TrainConfig, Trainer, ar_perplexity, elbo_perplexity, unigram_perplexity, wsd_plan
 from ..training.data import Batch
 from .corpus import END, MASK, read_corpus, show_tokens, train_tokenizer
@@ -60,6 +61,7 @@ class Results:
     before: float = 0.0
     after: float = 0.0
     scratch: float | None = None
+    quantized: dict[str, float] = field(default_factory=dict)
     tokens_per_forward: dict[str, float] = field(default_factory=dict)
     cached_seconds: float = 0.0
     uncached_seconds: float = 0.0
@@ -191,7 +193,7 @@ class Demo:
         return metrics, curve
 
     def save_and_load(self) -> None:
-        """Through the official layout and back."""
+        """Through the official layout and back; then with quantised experts, as the same checkpoint is read for a small machine."""
         self.display.heading("Save and load")
         folder = self.output / "model"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps of another size
@@ -201,6 +203,14 @@ class Demo:
         self.model = Model.from_pretrained(folder)
         same = all(torch.equal(v, expected[k]) for k, v in self.model.state_dict().items())
         self.display.line(f"official layout in {folder}; loaded back {'bit for bit' if same else 'WITH DIFFERENCES'}")
+        for kind in KINDS:
+            small = Model.from_pretrained(folder, expert_dtype=kind)
+            self.results.quantized[kind] = self._elbo(small, self.held_out)
+            self.display.line(f"held-out perplexity with {kind} experts: {self._quantized(kind)}")
+
+    def _quantized(self, kind: str) -> str:
+        value = self.results.quantized[kind]
+        return f"{value:.2f}   ({100 * (value / self.results.after - 1):+.2f} %)"
 
     def generate(self) -> None:
         """Show tokens being unmasked, count them per forward, and compare with the loop without cache."""
@@ -279,8 +289,9 @@ class Demo:
             ("unigram perplexity (held-out text)", f"{r.unigram_perplexity:.1f}"),
             ("AR model, left to right", f"{r.ar_perplexity:.1f}"),
             (f"AR model read as diffusion, block {BLOCK}", f"{r.before:.1f}"),
-            (f"after conversion, block {BLOCK}", f"{r.after:.1f}   ({r.before / r.after:.1f}x lower)"),
+            (f"after conversion, block {BLOCK}", f"{r.after:.2f}   ({r.before / r.after:.1f}x lower)"),
         ]
+        rows += [(f"after conversion, {kind} experts", self._quantized(kind)) for kind in r.quantized]
         if r.scratch is not None:
             rows.append(("the same steps from random weights", f"{r.scratch:.1f}   ({r.scratch / r.after:.2f}x higher)"))
         rows += [(f"tokens per forward, {name}", f"{v:.2f}") for name, v in r.tokens_per_forward.items()]
