@@ -11,8 +11,8 @@ from .. import _triton
 from .._triton import define, define_autograd, triton_reason
 from ..dispatch import Backend
 
-#: GPUs whose blocks may use more than 99 KiB of shared memory.
-_LARGE_SHARED_MEMORY = (80, 90, 100, 103)
+#: GPUs on which a tile of 128 x 256 fits: 144 KiB of shared memory, and one operand not in registers (on 8.0 SwiGLU would spill).
+_WIDE = (90, 100, 103)
 
 
 def row_tile(rows: int, experts: int, inner: int, x: Tensor) -> dict[str, Any]:
@@ -26,11 +26,11 @@ def row_tile(rows: int, experts: int, inner: int, x: Tensor) -> dict[str, Any]:
     mean, arch = rows / experts, _triton.capability(x.device)
     swap = mean <= 48
     small = 16 if mean <= 8 else 64
-    if x.dtype == torch.float32:  # no tensor cores: exact products only
-        return {"BM": small if swap else 64, "BN": 64, "BK": 32, "SWAP": swap, "num_warps": 4, "num_stages": 2}
+    if x.dtype == torch.float32 or inner % 64:  # no tensor cores, exact products only; masks along the sum, which take registers
+        return {"BM": min(small, 32), "BN": 64, "BK": 32, "SWAP": swap, "num_warps": 4, "num_stages": 2}
     if swap:
         return {"BM": small, "BN": 128, "BK": 64, "SWAP": True, "num_warps": 4, "num_stages": 4}
-    wide = inner >= 1024 and arch in _LARGE_SHARED_MEMORY
+    wide = inner >= 1024 and arch in _WIDE
     return {"BM": 128, "BN": 256 if wide else 128, "BK": 64, "SWAP": False, "num_warps": 8, "num_stages": 3}
 
 
@@ -64,9 +64,10 @@ def weight_gradient(
 
     experts, m, n = out.shape
     if out.numel():
-        side = 64 if left.dtype == torch.float32 else 128
-        stages = 2 if left.dtype == torch.float32 else 3
-        tile = {"BM": side, "BN": side, "BK": side // 2, "num_warps": 4 if left.dtype == torch.float32 else 8, "num_stages": stages}
+        # A few hundred rows are a short sum: two or more programs on a multiprocessor hide each other's start and end.
+        side, warps, stages = (64, 4, 2) if left.dtype == torch.float32 else (128, 8, 3)
+        stages += 2 * (permutation is not None)  # row numbers are loaded ahead of their rows, which are to be as early as without
+        tile = {"BM": side, "BN": side, "BK": side // 2, "num_warps": warps, "num_stages": stages}
         triton_kernels.weight_gradient_kernel[(experts * -(-m // side) * -(-n // side),)](
             left, right, out, offsets, offsets if permutation is None else permutation,
             EXPERTS=experts, M=m, N=n, LEFT_TOP_K=left_top_k, RIGHT_TOP_K=right_top_k, **tile,

@@ -10,11 +10,11 @@ from ..dispatch import run
 from ..grouped_gemm import FLOATS, check_offsets
 from ..moe_routing.routing import Routing
 from ..quantized_experts import KINDS, QuantizedExperts
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["BACKENDS", "moe_mlp"]
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
 
 
 def moe_mlp(

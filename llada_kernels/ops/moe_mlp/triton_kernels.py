@@ -1,0 +1,129 @@
+"""The kernels of the Triton backend. Imported at the first launch only."""
+
+import triton
+import triton.language as tl
+
+from ..grouped_gemm.triton_kernels import find_tile, multiply
+
+
+@triton.jit
+def halves(tile):
+    """The first and the last half of the columns. A thread holds elements of both, so nothing moves."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    return tl.split(tile.reshape(rows, 2, columns // 2).permute(0, 2, 1))
+
+
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "permutation_ptr"])
+def gate_up_kernel(
+    x_ptr, w_ptr, act_ptr, kept_ptr, offsets_ptr, permutation_ptr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, KEEP: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """act [rows, WIDTH] = silu(gate) * up of the sorted rows; with KEEP also kept [rows, 2 * WIDTH] = gate and up.
+
+    A tile's BN weight rows are BN / 2 gate rows and the up rows of the same features.
+    """
+    features: tl.constexpr = BN // 2
+    tiles: tl.constexpr = triton.cdiv(WIDTH, features)
+    expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // tiles, EXPERTS, BM)
+    if expert >= EXPERTS:
+        return
+    rows = begin + tl.arange(0, BM)
+    exist = rows < end
+    tokens = tl.load(permutation_ptr + rows, exist, other=0) // TOP_K
+    first = tl.program_id(0) % tiles * features
+    n = tl.arange(0, BN)
+    feature = first + n % features
+    k = tl.arange(0, BK)
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * HIDDEN + k[None, :]
+    w_rows = feature + n // features * WIDTH
+    w_ptrs = w_ptr + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + w_rows[:, None] * HIDDEN + k[None, :]
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+    acc = multiply(x_ptrs, w_ptrs, feature < WIDTH, BK, acc, HIDDEN, BK, SWAP, WIDTH % features == 0)
+    gate, up = halves(acc.T if SWAP else acc)
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    gate, up = gate.to(dtype), up.to(dtype)
+    columns = first + tl.arange(0, features)
+    inside = exist[:, None] & (columns < WIDTH)[None, :]
+    wide = gate.to(tl.float32)
+    silu = (wide * tl.sigmoid(wide)).to(dtype)  # rounded before the product, as the official code
+    act = silu.to(tl.float32) * up.to(tl.float32)
+    out_rows = rows.to(tl.int64)[:, None]
+    tl.store(act_ptr + out_rows * WIDTH + columns[None, :], act.to(dtype), inside)
+    if KEEP:
+        kept_ptrs = kept_ptr + out_rows * (2 * WIDTH) + columns[None, :]
+        tl.store(kept_ptrs, gate, inside)
+        tl.store(kept_ptrs + WIDTH, up, inside)
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr, weights_ptr, out_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """out [tokens, HIDDEN] = the sum over k of rows [tokens * TOP_K, HIDDEN], in this order and fp32; WEIGHTED by weights."""
+    tiles: tl.constexpr = triton.cdiv(HIDDEN, COLUMNS)
+    token = (tl.program_id(0) // tiles).to(tl.int64)
+    columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(rows_ptr + (token * TOP_K + k) * HIDDEN + columns, columns < HIDDEN, other=0.0).to(tl.float32)
+        total += row * tl.load(weights_ptr + token * TOP_K + k) if WEIGHTED else row
+    tl.store(out_ptr + token * HIDDEN + columns, total.to(out_ptr.dtype.element_ty), columns < HIDDEN)
+
+
+@triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["offsets_ptr", "permutation_ptr"])
+def activation_gradient_kernel(
+    grad_ptr, w_ptr, kept_ptr, weights_ptr, grad_gate_up_ptr, act_ptr, dots_ptr, offsets_ptr, permutation_ptr, slots,
+    EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """With d = grad [tokens, HIDDEN] @ w_down of a sorted row and its routing weight s: the gradient s * d of its activation gives
+    grad_gate_up [rows, 2 * WIDTH]; act [rows, WIDTH] = s * activation; dots [tiles, slots] = d . activation within a tile's features.
+    """
+    tiles: tl.constexpr = triton.cdiv(WIDTH, BN)
+    expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // tiles, EXPERTS, BM)
+    if expert >= EXPERTS:
+        return
+    rows = begin + tl.arange(0, BM)
+    exist = rows < end
+    slot = tl.load(permutation_ptr + rows, exist, other=0)
+    columns = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    grad_ptrs = grad_ptr + (slot // TOP_K).to(tl.int64)[:, None] * HIDDEN + k[None, :]
+    w_ptrs = w_ptr + expert.to(tl.int64) * (WIDTH * HIDDEN) + columns[:, None] + k[None, :] * WIDTH
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+    acc = multiply(grad_ptrs, w_ptrs, columns < WIDTH, BK * WIDTH, acc, HIDDEN, BK, SWAP, WIDTH % BN == 0)
+    if SWAP:
+        acc = acc.T
+    weights = tl.load(weights_ptr + slot, exist, other=0.0)
+    # An eighth of the columns at a time: the intermediate values of more do not fit into registers.
+    dots = tl.zeros((BM,), tl.float32)
+    half_0, half_1 = halves(acc)
+    for i in tl.static_range(2):
+        quarter_0, quarter_1 = halves(half_1 if i else half_0)
+        for j in tl.static_range(2):
+            eighth_0, eighth_1 = halves(quarter_1 if j else quarter_0)
+            for e in tl.static_range(2):
+                some = tl.program_id(0) % tiles * BN + (4 * i + 2 * j + e) * (BN // 8) + tl.arange(0, BN // 8)
+                d = eighth_1 if e else eighth_0
+                dots += swiglu_gradient(d, weights, kept_ptr, grad_gate_up_ptr, act_ptr, rows, exist, some, WIDTH)
+    tl.store(dots_ptr + tl.program_id(0) % tiles * slots.to(tl.int64) + slot, dots, exist)
+
+
+@triton.jit
+def swiglu_gradient(d, weights, kept_ptr, grad_gate_up_ptr, act_ptr, rows, exist, columns, WIDTH: tl.constexpr):
+    """What activation_gradient_kernel makes of some columns of d; returns their part of d . activation."""
+    inside = exist[:, None] & (columns < WIDTH)[None, :]
+    at = rows.to(tl.int64)[:, None] * (2 * WIDTH) + columns[None, :]
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    gate = tl.load(kept_ptr + at, inside, other=0.0).to(tl.float32)
+    up = tl.load(kept_ptr + at + WIDTH, inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = (gate * sigmoid).to(dtype).to(tl.float32)
+    act = (silu * up).to(dtype).to(tl.float32)
+    tl.store(act_ptr + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (act * weights[:, None]).to(dtype), inside)
+    grad = d * weights[:, None]
+    grad_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(grad_gate_up_ptr + at, grad_gate.to(dtype), inside)
+    tl.store(grad_gate_up_ptr + at + WIDTH, (grad * silu).to(dtype), inside)
+    return tl.sum(d * act, 1)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada_kernels.ops.moe_mlp import moe_mlp
+from llada_kernels.ops.moe_routing import Routing
+from llada_kernels.testing import assert_as_exact_as
+
+from ...ops.test_moe_mlp import gradients, inputs, official, op
+
+triton = op("triton")
+CASES = [  # tokens, experts, top_k, hidden, width, experts in use
+    (1, 1, 1, 1, 1, None),
+    (1, 8, 4, 96, 64, None),
+    (0, 4, 2, 8, 8, None),
+    (9, 6, 2, 8, 4, None),
+    (33, 16, 4, 70, 37, None),
+    (40, 5, 2, 130, 66, [1, 3]),
+    (24, 4, 2, 128, 128, None),
+    (110, 3, 1, 64, 72, [2]),
+    (100, 3, 2, 128, 72, None),
+]
+
+
+def on(device, args):
+    return [t.to(device) for t in args]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, dtype, device):
+    args = on(device, inputs(*case[:5], dtype, case[5]))
+    grad = torch.randn(case[0], case[3]).to(device, dtype)
+    ours = gradients(triton, *args, grad)
+    same, exact = gradients(official, *args, grad), gradients(official, *args, grad, torch.float64)
+    for name, *values in zip(("out", "grad_x", "grad_weights", "grad_w_gate_up", "grad_w_down"), ours, same, exact, strict=True):
+        assert values[0].dtype == (torch.float32 if name == "grad_weights" else dtype)
+        assert_as_exact_as(*values, name=name)
+    unused = set(range(case[1])) - set(args[1].unique().tolist())
+    assert not any(ours[i][e].any() for i in (3, 4) for e in unused)
+
+
+def test_rounds_as_the_official_code(dtype, device):
+    """fp16 and bf16: equal to the official order but for rare last bits of silu, and not to orders that round elsewhere."""
+    if dtype == torch.float32:
+        dtype = torch.float16
+    args = on(device, inputs(64, 4, 4, 128, 64, dtype))
+    x, ids, weights, w_gate_up, w_down = args
+    out = triton(*args)
+    assert (out != official(*args)).float().mean() < 0.02
+    unrounded = official(x.float(), ids, weights, w_gate_up.float(), w_down.float()).to(dtype)
+    assert (out != unrounded).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("tokens", [5, 50, 150])
+def test_selections_are_exact(tokens, dtype, device):
+    """One-hot gates that saturate silu, integer ups and downs: gather, experts' rows and the combine show any wrong index."""
+    experts, top_k, hidden, width = 6, 3, 40, 24
+    x, ids, _, w_gate_up, w_down = inputs(tokens, experts, top_k, hidden, width, torch.float32)
+    x, weights = torch.randint(-2, 3, x.shape).float(), torch.tensor([1.0, 2.0, 4.0]).expand(tokens, top_k).contiguous()
+    x[:, 0] = 1
+    w_gate_up = torch.randint(-1, 2, w_gate_up.shape).float()
+    w_gate_up[:, :width] = 0
+    w_gate_up[:, :width, 0] = 32.0  # silu(32) == 32 in every dtype
+    w_gate_up[:, width:] *= (torch.rand(experts, width, hidden) < 0.1).float()
+    w_down = torch.randint(-1, 2, w_down.shape).float() * (torch.rand(w_down.shape) < 0.2).float()
+    up = torch.einsum("th,eih->tei", x, w_gate_up[:, width:])
+    outputs = torch.einsum("tei,ehi->teh", 32 * up, w_down)
+    expected = (outputs.gather(1, ids.long()[..., None].expand(-1, -1, hidden)) * weights[..., None]).sum(1)
+    out = triton(*(t.to(device) for t in (x.to(dtype), ids, weights, w_gate_up.to(dtype), w_down.to(dtype))))
+    assert torch.equal(out.cpu(), expected.to(dtype))
+
+
+@given(tokens=st.integers(0, 30), experts=st.integers(1, 6), hidden=st.integers(1, 40), width=st.integers(1, 40), data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_any_shape(tokens, experts, hidden, width, data):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = on(device, inputs(tokens, experts, data.draw(st.integers(1, experts)), hidden, width, torch.float32))
+    grad = torch.randn(tokens, hidden, device=device)
+    for ours, exact in zip(gradients(triton, *args, grad), gradients(official, *args, grad), strict=True):
+        torch.testing.assert_close(ours, exact, atol=3e-5, rtol=1e-5)
+
+
+def test_every_output_is_written(dtype, device, monkeypatch):
+    """Fresh memory is all NaN: whatever a kernel leaves out, or reads before it is written, would show."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        t = new_empty(self, *args, **kwargs)
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    x, ids, weights, w_gate_up, w_down = on(device, inputs(20, 6, 2, 40, 36, dtype, [1, 2, 5]))
+    routing = Routing.from_topk(ids, weights, 6)
+    args = (x, weights, routing.offsets, routing.permutation, w_gate_up, w_down)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    out, kept = torch.ops.llada_kernels_triton.moe_mlp(*args, True)
+    grads = torch.ops.llada_kernels_triton.moe_mlp_backward(x, *args, kept, True, True, True)
+    assert x.new_empty(1).isnan() and all(t.isfinite().all() for t in (out, kept, *grads))
+
+
+def test_same_bits_twice_and_any_strides(dtype, device):
+    x, ids, weights, w_gate_up, w_down = on(device, inputs(20, 4, 2, 32, 16, dtype))
+    strided = x.T.contiguous().T, ids, weights.T.contiguous().T, w_gate_up.mT.contiguous().mT, w_down.mT.contiguous().mT
+    assert not any(t.is_contiguous() for i, t in enumerate(strided) if i != 1)
+    grad = torch.randn(20, 32).to(device, dtype)
+    first = gradients(triton, x, ids, weights, w_gate_up, w_down, grad)
+    for args in (strided, (x, ids, weights, w_gate_up, w_down)):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(triton, *args, grad), strict=True))
+
+
+def test_a_token_may_name_an_expert_twice(device):
+    x, _, _, w_gate_up, w_down = on(device, inputs(3, 4, 1, 16, 8, torch.float32))
+    ids, weights = torch.tensor([[2, 2]] * 3, dtype=torch.int32, device=device), torch.tensor([[0.25, 0.5]] * 3, device=device)
+    twice = triton(x, ids, weights, w_gate_up, w_down)
+    torch.testing.assert_close(twice, triton(x, ids[:, :1], weights.sum(1, keepdim=True), w_gate_up, w_down))
+
+
+def test_keeps_only_x_and_the_pre_activation(dtype, device):
+    args = on(device, inputs(12, 4, 2, 32, 24, dtype))
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in args]
+    routing = Routing.from_topk(leaves[1], leaves[2], 4)
+    given, kept = {t.data_ptr() for t in (*leaves, *routing)}, []
+
+    def pack(t):
+        if t.data_ptr() not in given:
+            kept.append(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = moe_mlp(leaves[0], routing, *leaves[3:], backend="triton")
+    assert kept == [(24, 48)]
+    with torch.inference_mode():  # nothing at all
+        inference, pre_activation = torch.ops.llada_kernels_triton.moe_mlp(leaves[0], *routing[1:], *leaves[3:], False)
+        assert pre_activation.shape == (0, 48)
+    assert torch.equal(out, inference)
+
+
+def test_frozen_weights_get_no_gradient(device):
+    x, ids, weights, w_gate_up, w_down = on(device, inputs(12, 4, 2, 32, 24, torch.float32))
+    for wanted in (x, w_down, w_gate_up, weights):
+        wanted.requires_grad_()
+        results = [torch.autograd.grad(run(x, ids, weights, w_gate_up, w_down).square().sum(), wanted)[0] for run in (triton, official)]
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+        wanted.requires_grad_(False)
+
+
+def test_operator_contract_and_compile(device):
+    x, ids, weights, w_gate_up, w_down = on(device, inputs(6, 4, 2, 16, 8, torch.float32))
+    leaves = [t.requires_grad_() for t in (x, weights, w_gate_up, w_down)]
+    routing = Routing.from_topk(ids, weights, 4)
+    args = (x, weights, routing.offsets, routing.permutation, w_gate_up, w_down, True)
+    torch.library.opcheck(torch.ops.llada_kernels_triton.moe_mlp, args)
+
+    def run(x, weights, w_gate_up, w_down):
+        return triton(x, ids, weights, w_gate_up, w_down).sin()
+
+    out, exact = torch.compile(run, fullgraph=True)(*leaves), official(x, ids, weights, w_gate_up, w_down).sin()
+    torch.testing.assert_close(out, exact, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (out, exact)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
