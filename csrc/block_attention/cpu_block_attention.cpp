@@ -122,6 +122,7 @@ void forward(const BlockAttentionParams& p, const Parallel& parallel) {
   const PackedKeys<T> keys(p, p.k, true, parallel), values(p, p.v, false, parallel);
   const int64_t d = call.d, group = call.group;
   parallel.items(p.num_tiles * p.kv_heads, [&](ItemQueue& queue) {
+    const TileScope tiles;
     std::vector<Operand<T>> q(call.rows * d), probabilities(call.rows * kKeys);
     std::vector<float> out(call.rows * d), scores(call.rows * kKeys), row_max(call.rows), row_sum(call.rows);
     for (int64_t item; queue.next(item);) {
@@ -167,6 +168,7 @@ void backward_queries(const BlockAttentionBackwardParams& b, const Call<T>& call
   const int64_t d = call.d, group = call.group;
   const PackedKeys<T> keys(p, p.k, true, parallel), values(p, p.v, true, parallel), key_sums(p, p.k, false, parallel);
   parallel.items(p.num_tiles * p.kv_heads, [&](ItemQueue& queue) {
+    const TileScope tiles;
     std::vector<Operand<T>> q(call.rows * d), grad_out(call.rows * d), score_grads(call.rows * kKeys);
     std::vector<float> scores(call.rows * kKeys), grad_p(call.rows * kKeys), grad_q(call.rows * d), lse(call.rows), deltas(call.rows);
     for (int64_t item; queue.next(item);) {
@@ -219,6 +221,7 @@ void backward_keys(const BlockAttentionBackwardParams& b, const Call<T>& call, c
   using Op = Operand<T>;
   const int64_t d = call.d, group = call.group, stride = call.rows;
   parallel.items(p.num_key_blocks * p.kv_heads, [&](ItemQueue& queue) {
+    const TileScope tiles;
     std::vector<Op> k(kKeys * d), v(kKeys * d), q(stride * d), grad_out(stride * d), probabilities(kKeys * stride),
         score_grads(kKeys * stride);
     std::vector<float> scores(kKeys * stride), grad_p(kKeys * stride), grad_k(kKeys * d), grad_v(kKeys * d), lse(stride),

@@ -150,6 +150,7 @@ void forward(const CachedBlockAttentionParams& p, const Parallel& parallel) {
   const int64_t slot_size = p.max_tile_queries * (p.heads / p.kv_heads) * (p.head_dim + 2), slot_stride = slot_size * p.kv_heads;
   std::vector<float> partial(plan.slots * slot_stride);
   parallel.items(int64_t(plan.parts.size()) * p.kv_heads, [&](ItemQueue& queue) {
+    const TileScope tiles;
     Worker<T> worker(p);
     for (int64_t item; queue.next(item);) {
       const Part& part = plan.parts[item / p.kv_heads];

@@ -19,6 +19,10 @@ namespace {
 constexpr int kPanel = 2 * kLanes;
 #if defined(LLADA_MATRIX_TILES)
 static_assert(kPanel == kBlockSide);
+#else
+struct TileScope {  // nothing to keep
+  TileScope() {}
+};
 #endif
 #if defined(LLADA_CPU_LEVEL_avx512)
 constexpr int kPackedRows = 12;  // x 2 vectors: 24 accumulators + 2 + 1 of 32 registers
