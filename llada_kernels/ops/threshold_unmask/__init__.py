@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._common import check_tensor
 from ..dispatch import run
-from . import native, reference
+from . import native, reference, triton
 from .arguments import PerRow, Unmasked, rule_arguments
 
 __all__ = ["Unmasked", "threshold_unmask"]
@@ -93,4 +93,4 @@ def threshold_unmask(
     return Unmasked(*run("threshold_unmask", BACKENDS, backend, logits, *rules))
 
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
