@@ -5,7 +5,7 @@
 #include "grouped_gemm/row_blocks.h"
 #include "moe_mlp/params.h"
 
-#include "moe_mlp/expert_rows.h"
+#include "moe_mlp/few_rows.h"
 #include "swiglu/swiglu.h"
 
 namespace llada::LLADA_CPU_LEVEL {
@@ -112,11 +112,8 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
         if (rows < kPackRowsFrom<T>) {
-          for (int64_t j = 0; j < n; j += kDotColumns) {  // two streams of weights, each in the order of memory
-            const int64_t c = least(kDotColumns, n - j);
-            multiply_few(i0 + j, c, gate + j);
-            multiply_few(p.width + i0 + j, c, up + j);
-          }
+          multiply_few(i0, n, gate);
+          multiply_few(p.width + i0, n, up);
           activate(block.begin, rows, i0, n);
           continue;
         }
