@@ -113,7 +113,7 @@ class Model(nn.Module):
             dtype: of the parameters; None keeps the stored one. Expert biases are fp32; a router weight is never narrowed.
             device: where the model goes; None is the CPU.
             revision: branch, tag or commit of the repository.
-            expert_dtype: "int8" or "int4" quantises the experts' weights while they are read, one expert at a time, so that the
+            expert_dtype: "int8", "int4" or "fp8" quantises the experts' weights while they are read, one expert at a time, so that the
                 full weights are never in memory. See :meth:`quantize_experts`.
 
         Returns:
@@ -133,8 +133,9 @@ class Model(nn.Module):
         gradient any more, and :meth:`save_pretrained` refuses it.
 
         Args:
-            kind: "int8" (8.5 bits per weight) or "int4" (4.5 bits).
-            group_size: columns that share a scale, 32, 64 or 128; None takes 32.
+            kind: "int8" (8.5 bits per weight), "int4" (4.5 bits), or "fp8": e4m3 weights and activations, for GPUs; on a CPU the
+                reference serves them, slowly. The hidden size and the expert width must be multiples of 128.
+            group_size: columns that share a scale, 32, 64 or 128; None takes 32. fp8 has blocks of 128 x 128.
 
         Returns:
             The model itself.

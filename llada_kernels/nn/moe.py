@@ -118,10 +118,12 @@ class QuantizedWeight(nn.Module):
         return f"{self.kind}, {self.value.shape}, group_size={self.value.group_size}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
-        before = self.scales
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if self.scales.dtype != before.dtype:
-            self.scales = before.to(self.scales.device)
+        for name, values in before.items():
+            after = getattr(self, name)
+            if after.dtype != values.dtype:
+                setattr(self, name, values.to(after.device))
         return self
 
 

@@ -1,4 +1,4 @@
-"""Weights of experts in 8 or 4 bits, with a scale for every group of columns."""
+"""Weights of experts in 8 or 4 bits, with a scale for every group of columns (fp8: for every block of 128 x 128)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from torch import Tensor
 
 from ._common import check_shape, check_tensor
 
-__all__ = ["GROUP_SIZES", "KINDS", "QuantizedExperts", "check_group_size"]
+__all__ = ["FP8_BLOCK", "GROUP_SIZES", "KINDS", "STORAGE", "QuantizedExperts", "check_group_size", "fp8_values"]
 
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
 #: Columns that share a scale unless another size is asked for: 8.5 and 4.5 bits per weight. With int8 it keeps moe_mlp within 1.15 % of
 #: the unquantised bf16 weights (64: 1.25 %), with int4 within 15 % (64: 16 %), on normal weights.
 DEFAULT_GROUP_SIZE = 32
-_STORAGE = {"int8": torch.int8, "int4": torch.uint8}
+#: dtypes of ``data`` and of ``scales``
+STORAGE = {
+    "int8": (torch.int8, torch.bfloat16),
+    "int4": (torch.uint8, torch.bfloat16),
+    "fp8": (torch.float8_e4m3fn, torch.float32),
+}
+FP8_BLOCK = 128
+_FP8_LARGEST = 448.0
+_FP8_LEAST_SCALE = 2.0**-100  # also where everything is zero: nothing is divided by zero
 _HALF = 16  # int4: byte j of 16 holds column j in its low and column 16 + j in its high half
 #: Shares of the scale at which nothing is cut off: with 16 levels it is better to cut the tails a little.
 _INT4_SHARES = (1.0, 0.9)
@@ -27,10 +35,11 @@ class QuantizedExperts(NamedTuple):
     """Expert weights [E, N, K] that :func:`moe_mlp` takes in place of a tensor, for inference.
 
     Attributes:
-        kind: "int8" or "int4".
+        kind: "int8", "int4" or "fp8".
         data: int8 [E, N, K]; or for int4 uint8 [E, N, K / 2]: 16 bytes hold 32 columns, byte j column j in its low and column 16 + j in
-            its high four bits, each plus 8.
+            its high four bits, each plus 8; or float8_e4m3fn [E, N, K], N and K multiples of 128.
         scales: bf16 [E, N, K / group_size]. A weight is its integer times the scale of its group. An int4 scale may be negative.
+            For fp8: fp32 [E, N / 128, K / 128], each for a block of 128 x 128 weights.
     """
 
     kind: str
@@ -58,12 +67,13 @@ class QuantizedExperts(NamedTuple):
 
         Args:
             weight: floating point [E, N, K].
-            kind: "int8" or "int4".
-            group_size: 32, 64 or 128, a divisor of K; None takes 32.
+            kind: "int8", "int4" or "fp8".
+            group_size: 32, 64 or 128, a divisor of K; None takes 32. For fp8 128 or None.
 
         Precision: int8: the largest weight of a group becomes 127. int4: the one of largest magnitude becomes -8 or less, whichever of
-            two scales leaves the least squared error after a least-squares fit. On normal weights the relative error of a weight is
-            0.54 % (int8) and 8.2 % (int4) in groups of 32. Determinism: bitwise.
+            two scales leaves the least squared error after a least-squares fit. fp8: the largest of a block becomes 448. On normal
+            weights the relative error of a weight is 0.54 % (int8) and 8.2 % (int4) in groups of 32, and 2.6 % (fp8). Determinism:
+            bitwise.
 
         Raises:
             TypeError: ``weight`` is not a tensor.
@@ -81,15 +91,23 @@ class QuantizedExperts(NamedTuple):
     ) -> QuantizedExperts:
         """Uninitialised experts of ``shape`` [E, N, K], to be filled by :meth:`set_rows`. Raises as :meth:`quantize`."""
         group_size = check_group_size(kind, group_size, shape[2])
-        data = torch.empty(*shape[:2], shape[2] // (2 if kind == "int4" else 1), dtype=_STORAGE[kind], device=device)
-        scales = torch.empty(*shape[:2], shape[2] // group_size, dtype=torch.bfloat16, device=device)
-        return QuantizedExperts(kind, data, scales)
+        height = FP8_BLOCK if kind == "fp8" else 1  # rows that share a scale
+        if shape[1] % height:
+            raise ValueError(f"weight: expected a multiple of {height} rows for {kind}, got shape {tuple(shape)}")
+        data_dtype, scale_dtype = STORAGE[kind]
+        data = torch.empty(*shape[:2], shape[2] // (2 if kind == "int4" else 1), dtype=data_dtype, device=device)
+        return QuantizedExperts(
+            kind, data, torch.empty(shape[0], shape[1] // height, shape[2] // group_size, dtype=scale_dtype, device=device)
+        )
 
     @torch.no_grad()
     def set_rows(self, expert: int, rows: slice, weight: Tensor) -> None:
-        """Quantise ``weight`` [n, K] into some rows of one expert. Raises ValueError if it is not finite."""
-        all_data, all_scales = self.data[expert, rows], self.scales[expert, rows]
+        """Quantise ``weight`` [n, K] into some rows of one expert (fp8: whole blocks of 128). Raises ValueError if it is not finite."""
+        all_data = self.data[expert, rows]
         check_shape("weight", weight, all_data.shape[0], self.shape[2])
+        if self.kind == "fp8":
+            return self._set_blocks(expert, rows, weight)
+        all_scales = self.scales[expert, rows]
         count = max(1, _CHUNK // self.shape[2])
         for data, scales, part in zip(all_data.split(count), all_scales.split(count), weight.split(count), strict=True):
             groups = part.to(torch.float32).unflatten(-1, (-1, self.group_size))
@@ -99,8 +117,25 @@ class QuantizedExperts(NamedTuple):
             scales.copy_(scale.squeeze(-1))
             data.copy_(integers.flatten(-2) if self.kind == "int8" else _pack(integers.flatten(-2)))
 
+    def _set_blocks(self, expert: int, rows: slice, weight: Tensor) -> None:
+        begin, end, _ = rows.indices(self.data.shape[1])
+        if begin % FP8_BLOCK or end % FP8_BLOCK:
+            raise ValueError(f"rows: expected multiples of {FP8_BLOCK} for fp8, got {begin} to {end}")
+        scales = self.scales[expert, begin // FP8_BLOCK : end // FP8_BLOCK]
+        blocks = zip(self.data[expert, begin:end].split(FP8_BLOCK), scales, weight.split(FP8_BLOCK), strict=True)
+        for data, scale, part in blocks:  # a row of blocks at a time
+            groups = part.to(torch.float32).unflatten(-1, (-1, FP8_BLOCK))
+            values, step = _fp8(groups, (0, 2))
+            if not bool(step.isfinite().all()):
+                raise ValueError(f"weight: expected finite values, got inf or NaN in expert {expert}")
+            scale.copy_(step.flatten())
+            data.copy_(values.flatten(-2))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``dtype`` [E, N, K]: each integer times its scale (exact in fp32), rounded once."""
+        """``dtype`` [E, N, K]: each integer times its scale (exact in fp32), or e4m3 value times its scale in fp32, rounded once more."""
+        if self.kind == "fp8":
+            values = self.data.to(torch.float32).unflatten(-1, (-1, FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
+            return (values * self.scales[:, :, None, :, None]).flatten(3).flatten(1, 2).to(dtype)
         integers = self.data if self.kind == "int8" else _unpack(self.data)
         groups = integers.to(torch.float32).unflatten(-1, (-1, self.group_size))
         return (groups * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
@@ -110,7 +145,9 @@ def check_group_size(kind: str, group_size: int | None, columns: int) -> int:
     """The group size, or the default one for None; raises ValueError if weights of ``columns`` columns cannot have it."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+    size = (FP8_BLOCK if kind == "fp8" else DEFAULT_GROUP_SIZE) if group_size is None else group_size
+    if kind == "fp8" and size != FP8_BLOCK:
+        raise ValueError(f"group_size: expected {FP8_BLOCK} for fp8, got {group_size!r}")
     if size not in GROUP_SIZES:
         raise ValueError(f"group_size: expected one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
     if columns % size or not columns:
@@ -147,6 +184,18 @@ def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
         best, best_scale = torch.where(better, integers, best), torch.where(better, stored, best_scale)
         best_error = torch.where(better, error, best_error)
     return best, best_scale
+
+
+def _fp8(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """e4m3 values, and the scale of all along ``dims``, by which the largest becomes 448."""
+    scale = (values.abs().amax(dims, keepdim=True) / _FP8_LARGEST).clamp_(min=_FP8_LEAST_SCALE)
+    return (values / scale).to(torch.float8_e4m3fn), scale
+
+
+def fp8_values(x: Tensor) -> Tensor:
+    """fp32 [R, K] of what products with fp8 weights take of ``x``: each 128 columns of a row are e4m3 values times a scale of their own."""
+    values, scale = _fp8(x.to(torch.float32).unflatten(-1, (-1, FP8_BLOCK)), (-1,))
+    return (values.to(torch.float32) * scale).flatten(-2)
 
 
 def _pack(integers: Tensor) -> Tensor:

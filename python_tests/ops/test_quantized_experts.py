@@ -150,7 +150,7 @@ def test_errors():
     for text, args in [
         (r"w_down: expected both weights or none quantised, got one of each", (x, routing, good[0], down)),
         (r"w_gate_up: expected shape \(6, 128, 32\), got \(6, 128, 64\)", (x[:, :32], routing, *good)),
-        (r"w_gate_up.kind: expected one of int8, int4, got 'fp4'", (x, routing, good[0]._replace(kind="fp4"), good[1])),
+        (r"w_gate_up.kind: expected one of int8, int4, fp8, got 'fp4'", (x, routing, good[0]._replace(kind="fp4"), good[1])),
         (r"w_gate_up.data: expected dtype uint8, got int8", (x, routing, good[0]._replace(kind="int4"), good[1])),
         (r"w_down.scales: expected dtype bfloat16, got float32", (x, routing, good[0], good[1]._replace(scales=good[1].scales.float()))),
         (
@@ -161,7 +161,7 @@ def test_errors():
         with pytest.raises(ValueError, match=text):
             moe_mlp(*args)
     for text, args in [
-        (r"kind: expected one of int8, int4, got 'int2'", (gate_up, "int2")),
+        (r"kind: expected one of int8, int4, fp8, got 'int2'", (gate_up, "int2")),
         (r"group_size: expected one of 32, 64, 128, got 48", (gate_up, "int8", 48)),
         (r"group_size: expected a divisor of the 64 columns of the weight, got 128", (gate_up, "int8", 128)),
         (r"weight: expected 3 dimensions, got shape \(64, 64\)", (down[0], "int8")),
@@ -233,8 +233,8 @@ def test_loading_quantizes(kind, layout, dtype, tmp_path):
 
 
 def test_loading_refuses_before_it_allocates(tmp_path):
-    with pytest.raises(ValueError, match="expert_dtype: expected one of int8, int4 or None, got 'fp8'"):
-        Model.from_pretrained(tmp_path, expert_dtype="fp8")
+    with pytest.raises(ValueError, match="expert_dtype: expected one of int8, int4, fp8 or None, got 'fp4'"):
+        Model.from_pretrained(tmp_path, expert_dtype="fp4")
     with pytest.raises(ValueError, match="group_size: expected a divisor of the 16 columns of the weight, got 32"):
         Model.from_pretrained(LLADA2.parent, expert_dtype="int4")
 

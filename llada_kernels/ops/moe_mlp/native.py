@@ -15,6 +15,8 @@ from ..quantized_experts import QuantizedExperts
 
 
 def _supports(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> str | None:
+    if any(isinstance(w, QuantizedExperts) and w.kind == "fp8" for w in (w_gate_up, w_down)):
+        return "native serves int8 and int4 experts, got fp8"
     if routing.topk_weights.dtype != torch.float32:
         return f"native serves topk_weights in float32, got {routing.topk_weights.dtype}"
     return native_reason(x, *routing, *_tensors(w_gate_up), *_tensors(w_down))

@@ -10,17 +10,21 @@ from .._common import compute_dtype
 from ..dispatch import Backend
 from ..grouped_gemm.reference import grouped_gemm
 from ..moe_routing.routing import Routing
-from ..quantized_experts import QuantizedExperts
+from ..quantized_experts import QuantizedExperts, fp8_values
 
 
 def _product(a: Tensor, weight: Tensor | QuantizedExperts, offsets: Tensor) -> Tensor:
     """grouped_gemm; of quantised experts one is dequantised at a time, where the experts in use can be known."""
     if not isinstance(weight, QuantizedExperts):
         return grouped_gemm(a, weight, offsets)
+    dtype = a.dtype
+    if weight.kind == "fp8":
+        a = fp8_values(a).to(compute_dtype(a))
     if torch.compiler.is_compiling():
-        return grouped_gemm(a, weight.dequantize(a.dtype), offsets)
+        return grouped_gemm(a, weight.dequantize(a.dtype), offsets).to(dtype)
     parts = a.split(offsets.diff().tolist())
-    return torch.cat([rows @ weight.expert(e).dequantize(a.dtype)[0].mT for e, rows in enumerate(parts) if e == 0 or len(rows)])
+    products = [rows @ weight.expert(e).dequantize(a.dtype)[0].mT for e, rows in enumerate(parts) if e == 0 or len(rows)]
+    return torch.cat(products).to(dtype)
 
 
 def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> Tensor:

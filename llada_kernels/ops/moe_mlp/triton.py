@@ -12,20 +12,24 @@ from .._triton import define, define_autograd, triton_reason
 from ..dispatch import Backend
 from ..grouped_gemm.triton import multiply_rows, row_grid, row_tile, weight_gradient
 from ..moe_routing.routing import Routing
-from ..quantized_experts import QuantizedExperts
+from ..quantized_experts import FP8_BLOCK, QuantizedExperts
 
 
 def _supports(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> str | None:
-    if isinstance(w_gate_up, QuantizedExperts) or isinstance(w_down, QuantizedExperts):
-        return "triton serves unquantised weights"
+    weights = [w for w in (w_gate_up, w_down) if isinstance(w, QuantizedExperts)]
+    if unserved := [w.kind for w in weights if w.kind != "fp8"]:
+        return f"triton serves fp8 experts, got {unserved[0]}"
     if routing.topk_weights.dtype != torch.float32:
         return f"triton serves topk_weights in float32, got {routing.topk_weights.dtype}"
-    return triton_reason(x, *routing, w_gate_up, w_down)
+    return triton_reason(x, *routing, *(w.data if isinstance(w, QuantizedExperts) else w for w in (w_gate_up, w_down)))
 
 
 def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> Tensor:
     """See :func:`llada_kernels.ops.moe_mlp`."""
-    assert isinstance(w_gate_up, Tensor) and isinstance(w_down, Tensor)
+    if isinstance(w_gate_up, QuantizedExperts) or isinstance(w_down, QuantizedExperts):
+        assert isinstance(w_gate_up, QuantizedExperts) and isinstance(w_down, QuantizedExperts)
+        weights = (w_gate_up.data, w_gate_up.scales, w_down.data, w_down.scales)
+        return torch.ops.llada_kernels_triton.moe_mlp_fp8(x, routing.topk_weights, routing.offsets, routing.permutation, *weights)
     tensors = (x, routing.topk_weights, routing.offsets, routing.permutation, w_gate_up, w_down)
     # Gate and up are kept only where a backward may follow.
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -68,6 +72,45 @@ def _forward_fake(
     x: Tensor, topk_weights: Tensor, offsets: Tensor, permutation: Tensor, w_gate_up: Tensor, w_down: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(permutation.shape[0] if save else 0, w_gate_up.shape[1])
+
+
+def _fp8(
+    x: Tensor, topk_weights: Tensor, offsets: Tensor, permutation: Tensor, w_gate_up: Tensor, gate_up_scales: Tensor, w_down: Tensor,
+    down_scales: Tensor,
+) -> Tensor:  # fmt: skip
+    from . import triton_kernels
+
+    tensors = (t.contiguous() for t in (x, topk_weights, offsets, permutation, gate_up_scales, down_scales))
+    x, topk_weights, offsets, permutation, gate_up_scales, down_scales = tensors
+    experts, hidden, width = w_down.shape
+    slots, tokens = permutation.shape[0], x.shape[0]
+    out, rows = x.new_empty(x.shape), x.new_empty(slots, hidden)
+    if not rows.numel():
+        return out
+    native = _triton.capability(x.device) >= 89
+    # The bytes of e4m3 weights, for tensor cores that do not know them.
+    gate_up, down = (w.contiguous() if native else w.contiguous().view(torch.uint8) for w in (w_gate_up, w_down))
+    kind = torch.float8_e4m3fn if native else torch.float16
+    xs, x_scales = x.new_empty(x.shape, dtype=kind), topk_weights.new_empty(tokens, hidden // FP8_BLOCK)
+    act, act_scales = x.new_empty(slots, width, dtype=kind), topk_weights.new_empty(slots, width // FP8_BLOCK)
+    groups = x_scales.numel()
+    triton_kernels.quantize_kernel[(-(-groups // 16),)](x, xs, x_scales, groups, NATIVE=native, GROUPS=16, num_warps=4)
+    # As row_tile for few rows: 32 KiB of gate and up rows at a time, 16 KiB of down rows.
+    tile: dict[str, Any] = {"BM": 16 if slots <= 8 * experts else 64, "NATIVE": native}
+    wide = {"num_warps": 4 if tile["BM"] == 16 else 8, "STAGES": 3}
+    triton_kernels.gate_up_e4m3_kernel[row_grid(slots, experts, width, tile, FP8_BLOCK)](
+        xs, x_scales, gate_up, gate_up_scales, act, act_scales, offsets, permutation,
+        EXPERTS=experts, HIDDEN=hidden, WIDTH=width, TOP_K=topk_weights.shape[1], DTYPE=triton_kernels.dtype_of(x.dtype), **tile, **wide,
+    )  # fmt: skip
+    triton_kernels.down_e4m3_kernel[row_grid(slots, experts, hidden, tile, FP8_BLOCK)](
+        act, act_scales, down, down_scales, rows, offsets, permutation,
+        EXPERTS=experts, HIDDEN=hidden, WIDTH=width, **tile, num_warps=4, STAGES=4,
+    )  # fmt: skip
+    return combine(rows, topk_weights, out, True)
+
+
+def _fp8_fake(x: Tensor, *others: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _backward(
@@ -131,5 +174,10 @@ define(
     _backward, _backward_fake,
 )  # fmt: skip
 define_autograd("moe_mlp", _autograd, _setup_context)
+define(
+    "moe_mlp_fp8(Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor gate_up_data, Tensor gate_up_scales, "
+    "Tensor down_data, Tensor down_scales) -> Tensor",
+    _fp8, _fp8_fake,
+)  # fmt: skip
 
 BACKEND = Backend("triton", _supports, moe_mlp)

@@ -1,9 +1,15 @@
 """The kernels of the Triton backend. Imported at the first launch only."""
 
+import torch
 import triton
 import triton.language as tl
 
 from ..grouped_gemm.triton_kernels import find_tile, multiply
+
+
+def dtype_of(dtype):
+    """Triton's name of a torch dtype, for a tl.constexpr."""
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 @triton.jit
@@ -127,3 +133,115 @@ def swiglu_gradient(d, weights, kept_ptr, grad_gate_up_ptr, act_ptr, rows, exist
     tl.store(grad_gate_up_ptr + at, grad_gate.to(dtype), inside)
     tl.store(grad_gate_up_ptr + at + WIDTH, (grad * silu).to(dtype), inside)
     return tl.sum(d * act, 1)
+
+
+@triton.jit
+def to_e4m3(values, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 [rows, 128] as e4m3 values of ``dtype`` and the scale of each row. NATIVE: by the GPU's instruction, else by arithmetic."""
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(values), 1), 448.0), 2.0**-100)
+    scaled = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
+    if NATIVE:
+        return scaled.to(dtype), scale
+    # Multiples of 2^-3 of their power of two, but of 2^-9 at least: adding and subtracting 1.5 * 2^23 rounds to whole ones, ties to even.
+    exponent = tl.maximum((scaled.to(tl.int32, bitcast=True) >> 23) & 255, 121) - 3
+    steps = scaled * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    whole = (steps + 12582912.0) - 12582912.0
+    return (whole * (exponent << 23).to(tl.float32, bitcast=True)).to(dtype), scale
+
+
+@triton.jit(do_not_specialize=["groups"])
+def quantize_kernel(x_ptr, out_ptr, scales_ptr, groups, NATIVE: tl.constexpr, GROUPS: tl.constexpr):
+    """out [groups, 128] and scales [groups] of x [groups, 128]."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    exist = group < groups
+    x = tl.load(x_ptr + at, exist[:, None], other=0.0).to(tl.float32)
+    values, scale = to_e4m3(x, out_ptr.dtype.element_ty, NATIVE)
+    tl.store(out_ptr + at, values, exist[:, None])
+    tl.store(scales_ptr + group, scale, exist)
+
+
+@triton.jit
+def multiply_e4m3(
+    x_ptrs, x_scale_ptrs, w_ptrs, w_scale_ptrs, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NATIVE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """w @ x.T [BN, BM] of e4m3 values along BLOCKS blocks of 128, each of which is summed apart and then scaled.
+
+    Where the tensor cores know no e4m3, weights come as bytes and x as fp16: sign and the other 7 bits of an e4m3, moved into an fp16,
+    are its value / 256 (subnormals too), and products of such values are exact in fp32.
+    """
+    acc = tl.zeros((BN, BM), tl.float32)
+    for _ in tl.range(BLOCKS, num_stages=STAGES):
+        x = tl.load(x_ptrs)
+        w = tl.load(w_ptrs)
+        scale = tl.load(w_scale_ptrs)[:, None] * tl.load(x_scale_ptrs)[None, :]
+        if not NATIVE:
+            bits = w.to(tl.int16)
+            w = ((bits & 128) << 8 | (bits & 127) << 7).to(tl.float16, bitcast=True)
+            scale *= 256.0
+        acc += tl.dot(w, x.T) * scale
+        x_ptrs += 128
+        w_ptrs += 128
+        x_scale_ptrs += 1
+        w_scale_ptrs += 1
+    return acc
+
+
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "permutation_ptr"])
+def gate_up_e4m3_kernel(
+    x_ptr, x_scales_ptr, w_ptr, w_scales_ptr, act_ptr, act_scales_ptr, offsets_ptr, permutation_ptr, EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, DTYPE: tl.constexpr,
+    BM: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """gate_up_kernel for e4m3 values: 128 gate rows and the up rows of the same features, so that a tile's activations share a scale."""
+    blocks: tl.constexpr = WIDTH // 128
+    expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // blocks, EXPERTS, BM)
+    if expert >= EXPERTS:
+        return
+    rows = begin + tl.arange(0, BM)
+    exist = rows < end
+    tokens = (tl.load(permutation_ptr + rows, exist, other=0) // TOP_K).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    n = tl.arange(0, 256)
+    k = tl.arange(0, 128)
+    w_rows = block * 128 + n % 128 + n // 128 * WIDTH
+    scale_rows = expert * (2 * blocks) + block + n // 128 * blocks
+    acc = multiply_e4m3(
+        x_ptr + tokens[:, None] * HIDDEN + k[None, :], x_scales_ptr + tokens * (HIDDEN // 128),
+        w_ptr + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + w_rows[:, None] * HIDDEN + k[None, :],
+        w_scales_ptr + scale_rows * (HIDDEN // 128), HIDDEN // 128, BM, 256, NATIVE, STAGES,
+    )  # fmt: skip
+    gate, up = halves(acc.T)
+    gate, up = gate.to(DTYPE).to(tl.float32), up.to(DTYPE).to(tl.float32)
+    act = (gate * tl.sigmoid(gate)).to(DTYPE).to(tl.float32) * up
+    values, scale = to_e4m3(act.to(DTYPE).to(tl.float32), act_ptr.dtype.element_ty, NATIVE)
+    out_rows = rows.to(tl.int64)
+    tl.store(act_ptr + out_rows[:, None] * WIDTH + block * 128 + k[None, :], values, exist[:, None])
+    tl.store(act_scales_ptr + out_rows * blocks + block, scale, exist)
+
+
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "permutation_ptr"])
+def down_e4m3_kernel(
+    act_ptr, act_scales_ptr, w_ptr, w_scales_ptr, out_ptr, offsets_ptr, permutation_ptr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr, BM: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """rows_kernel for e4m3 values: the down products of the sorted rows, stored in the order of slots."""
+    blocks: tl.constexpr = WIDTH // 128
+    tiles: tl.constexpr = HIDDEN // 128
+    expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // tiles, EXPERTS, BM)
+    if expert >= EXPERTS:
+        return
+    rows = begin + tl.arange(0, BM)
+    exist = rows < end
+    slots = tl.load(permutation_ptr + rows, exist, other=0).to(tl.int64)
+    act_rows = tl.minimum(rows, end - 1).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    n = tile * 128 + tl.arange(0, 128)
+    k = tl.arange(0, 128)
+    acc = multiply_e4m3(
+        act_ptr + act_rows[:, None] * WIDTH + k[None, :], act_scales_ptr + act_rows * blocks,
+        w_ptr + expert.to(tl.int64) * (WIDTH * HIDDEN) + n[:, None] * WIDTH + k[None, :],
+        w_scales_ptr + (expert * tiles + n // 128) * blocks, blocks, BM, 128, NATIVE, STAGES,
+    )  # fmt: skip
+    tl.store(out_ptr + slots[:, None] * HIDDEN + n[None, :], acc.T.to(out_ptr.dtype.element_ty), exist[:, None])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llada_kernels.ops import Routing, moe_mlp
+from llada_kernels.ops import QuantizedExperts, Routing, moe_mlp
 
 from ..cross_compile import check_resources, cross_compiling, unique
 
@@ -78,3 +78,38 @@ def test_decoding_launches_three_kernels_and_keeps_enough_bytes_in_flight():
         programs = min(227 * 1024 // launch.shared, 65536 // (launch.registers * 32 * launch.num_warps))
         assert programs >= 2 and programs * launch.shared * 3 // 4 > 33 * 1024
         assert launch.grid[0] >= 4 * 132 and launch.grid[0] % 8 == 0
+
+
+FP8 = ["quantize_kernel", "gate_up_e4m3_kernel", "down_e4m3_kernel", "combine_kernel"]
+
+
+def run_fp8(tokens, experts=256, top_k=8, hidden=2048, width=512):
+    x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+    routing = Routing.from_topk(torch.arange(top_k).expand(tokens, top_k), torch.rand(tokens, top_k), experts)
+    weights = [QuantizedExperts.empty(shape, "fp8") for shape in ((experts, 2 * width, hidden), (experts, hidden, width))]
+    moe_mlp(x, routing, *weights, backend="triton")
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90])
+def test_fp8_compiles(arch):
+    with cross_compiling(arch) as launches:
+        for tokens in (32, 512):
+            run_fp8(tokens)
+    assert [launch.name for launch in launches] == 2 * FP8
+    check_resources(launches, arch)
+    for launch in launches:
+        if "e4m3" in launch.name:
+            assert "cp.async.cg" in launch.ptx
+            # fp8 products where there are any, else the same values as fp16
+            assert (".f32.e4m3.e4m3" if arch >= 89 else ".f32.f16.f16") in launch.ptx
+            assert launch.wgmma if arch == 90 else launch.tensor_core_instructions
+
+
+def test_fp8_lengths_do_not_recompile_and_keep_enough_bytes_in_flight():
+    with cross_compiling(90) as launches:
+        for tokens in (1, 2, 16, 33, 256, 257, 1000, 2048):
+            run_fp8(tokens)
+    assert [len(unique([x for x in launches if x.name == name])) for name in FP8] == [1, 2, 2, 1]
+    for launch in launches[1:3]:
+        programs = min(227 * 1024 // launch.shared, 65536 // (launch.registers * 32 * launch.num_warps))
+        assert programs >= 2 and programs * launch.shared * 2 // 3 > 33 * 1024

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from llada_kernels.ops.moe_mlp import moe_mlp
 from llada_kernels.ops.moe_routing import Routing
+from llada_kernels.ops.quantized_experts import QuantizedExperts
 from llada_kernels.testing import assert_as_exact_as
 
 from ...ops.test_moe_mlp import gradients, inputs, official, op
+from ...ops.test_quantized_experts import relative
 
 triton = op("triton")
 CASES = [  # tokens, experts, top_k, hidden, width, experts in use
@@ -160,3 +162,50 @@ def test_operator_contract_and_compile(device):
     torch.testing.assert_close(out, exact, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (out, exact)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def fp8(tokens, dtype, device, experts=6, top_k=2, hidden=256, width=128):
+    x, ids, weights, *pair = inputs(tokens, experts, top_k, hidden, width, dtype)
+    x[: tokens // 4, :128] = 0  # zero has a scale too
+    routing = Routing.from_topk(ids.to(device), weights.to(device), experts)
+    quantized = [QuantizedExperts.quantize(w, "fp8") for w in pair]
+    return x.to(device), routing, *(q._replace(data=q.data.to(device), scales=q.scales.to(device)) for q in quantized)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9, 70])
+def test_fp8_follows_the_reference(tokens, dtype, device):
+    """Both round the same values; sums in another order move few of them to another e4m3 value."""
+    args = fp8(tokens, dtype, device)
+    y, expected = (moe_mlp(*args, backend=name) for name in ("triton", "reference"))
+    assert y.shape == expected.shape and y.dtype == dtype
+    assert float((y.double() - expected.double()).norm()) <= (2e-3 if device.type == "cpu" else 1e-2) * float(expected.double().norm())
+    if tokens:
+        assert torch.equal(y, moe_mlp(*args, backend="triton"))
+        plain = [q.dequantize(dtype) for q in args[2:]]  # without quantised activations it would be these weights' result
+        assert relative(y, moe_mlp(*args[:2], *plain, backend="reference")) > 0.02
+
+
+def test_fp8_rounds_as_e4m3(device):
+    """Scales of 1, an identity as w_gate_up's up rows and silu(64) = 64: what comes out is x's nearest e4m3 value times 64."""
+    x = torch.randn(5, 128, device=device) * torch.logspace(-4, 2, 128, device=device)
+    x.clamp_(-448, 448)
+    x[:, 0], x[:, 1], x[:, 2], x[:, 3] = 448.0, 64.0, 17.0, 3 * 2.0**-10  # largest; gate; 17 is between 16 and 18, 1.5 steps of 2^-9
+    gate_up = torch.cat([torch.zeros(128, 128), torch.eye(128) * 448])[None].to(device)
+    gate_up[0, :128, 1] = 448
+    down = torch.eye(128, device=device)[None] * 448
+    quantized = [
+        QuantizedExperts.quantize(w, "fp8")._replace(scales=torch.ones(1, w.shape[1] // 128, 1, device=device) / 448)
+        for w in (gate_up, down)
+    ]
+    routing = Routing.from_topk(torch.zeros(5, 1, dtype=torch.int32, device=device), torch.ones(5, 1, device=device), 1)
+    out = moe_mlp(x, routing, *quantized, backend="triton") / 64
+    expected = x.to(torch.float8_e4m3fn).float()
+    assert expected[0, 2] == 16 and expected[0, 3] == 2.0**-8
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
+def test_fp8_operator_contract(device):
+    x, routing, gate_up, down = fp8(3, torch.float32, device)
+    args = (x, *routing[1:], gate_up.data, gate_up.scales, down.data, down.scales)
+    op = torch.ops.llada_kernels_triton.moe_mlp_fp8
+    torch.library.opcheck(op, args, test_utils="test_faketensor")  # the others compare arguments, which float8 cannot do
