@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-CLANG_FORMAT_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CLANG_FORMAT_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test bench lint install aarch64 clean
+.PHONY: demo test bench lint install aarch64 cuda clean
 
 demo: install
 	$(BIN)/llada-kernels demo $(ARGS)
@@ -41,6 +41,18 @@ aarch64:
 	cmake -S . -B build/aarch64 -DLLADA_KERNELS_KERNELS_ONLY=ON -DCMAKE_SYSTEM_NAME=Linux \
 	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/aarch64 -j 2
+
+# The CUDA kernels: compiled for sm_80 and sm_90a, an error if one spills registers; then the package that holds them must load and work
+# without a GPU, with the torch of $(VENV).
+CUDA_OPS := threshold_unmask moe_routing rms_norm rope
+cuda: install
+	rm -rf build/cuda
+	LLADA_KERNELS_CUDA=on LLADA_KERNELS_BUILD_DIR=$(CURDIR)/build/cmake-cuda CMAKE_ARGS=-DLLADA_KERNELS_FAIL_ON_SPILLS=ON \
+	  $(abspath $(BIN))/python setup.py -q build --build-lib build/cuda
+	cp -r python_tests pyproject.toml build/cuda
+	cd build/cuda && $(abspath $(BIN))/python -m llada_kernels.info | grep "CUDA kernels for sm_80, sm_90a, compute_90: moe_routing"
+	cd build/cuda && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not gpu" -k "not emulated" \
+	  $(CUDA_OPS:%=python_tests/ops/test_%.py)
 
 clean:
 	rm -rf build dist *.egg-info llada_kernels/*.so

@@ -1,6 +1,7 @@
 """Builds the compiled parts with CMake. Metadata is in pyproject.toml; torch is located, never imported."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
-from build_backend import find_package, wants_cuda  # noqa: E402
+from build_backend import compile_jobs, find_nvcc, find_package, wants_cuda  # noqa: E402
 
 
 class CMakeBuild(build_ext):
@@ -22,7 +23,8 @@ class CMakeBuild(build_ext):
         torch, pybind11 = find_package("torch"), find_package("pybind11")
         if torch is None:
             raise SystemExit("torch was not found: install torch 2.11 or newer first (pip install torch)")
-        print(f"llada-kernels: torch headers from {torch}, CUDA kernels: {'on' if wants_cuda() else 'off'}", flush=True)
+        cuda = wants_cuda()
+        print(f"llada-kernels: torch headers from {torch}, CUDA kernels: {'on' if cuda else 'off'}", flush=True)
         # cmake and ninja from PyPI lie beside the interpreter, which need not be on PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         environment = {**os.environ, "PATH": path}
@@ -31,14 +33,16 @@ class CMakeBuild(build_ext):
             raise SystemExit("cmake was not found: install it first (pip install cmake ninja)")
         build = Path(os.environ.get("LLADA_KERNELS_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={torch}"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLLADA_KERNELS_CUDA={'ON' if cuda else 'OFF'}"]
+        if cuda:
+            configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         if pybind11 is not None:
             configure += [f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}"]
         if not (build / "CMakeCache.txt").exists() and shutil.which("ninja", path=path):
             configure += ["-G", "Ninja"]
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(configure, check=True, env=environment)
-        subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True, env=environment)
+        subprocess.run([cmake, "--build", str(build), "-j", str(compile_jobs(cuda))], check=True, env=environment)
         for extension in self.extensions:
             built = build / self.get_ext_filename(extension.name.split(".")[-1])
             if built.exists():

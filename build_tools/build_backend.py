@@ -1,4 +1,4 @@
-"""PEP 517 backend: setuptools, but torch and the CUTLASS headers are asked for only where the user has none.
+"""PEP 517 backend: setuptools, but torch is asked for only where the user has none.
 
 Under build isolation pip and uv build in an environment of their own. The torch that matters is the one the user already has: this
 module finds it, so nothing is downloaded, and setup.py compiles against its headers. torch is never imported.
@@ -6,8 +6,11 @@ module finds it, so nothing is downloaded, and setup.py compiles against its hea
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from importlib.util import find_spec
@@ -15,6 +18,8 @@ from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (everything that is not overridden below)
+
+OLDEST_NVCC = (12, 8)
 
 
 def _site_packages() -> list[Path]:
@@ -37,21 +42,54 @@ def find_package(name: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
+def find_nvcc() -> str | None:
+    """nvcc on PATH, else under CUDA_HOME."""
+    cuda_home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(cuda_home) / "bin")) if cuda_home else None)
+
+
+def _torch_is_a_cuda_build() -> bool:
+    torch = find_package("torch")
+    version = torch / "version.py" if torch else None
+    return bool(version and version.exists() and re.search(r"^cuda\b[^=]*= *['\"]", version.read_text(), re.MULTILINE))
+
+
 def wants_cuda() -> bool:
     """Whether CUDA kernels are to be built, by LLADA_KERNELS_CUDA = auto (default) | on | off.
 
-    auto: only when nvcc is found and the installed torch is a CUDA build. SystemExit where ``on`` cannot be obeyed.
+    auto: only when a recent nvcc is found and the installed torch is a CUDA build. on: with any torch; SystemExit where that cannot be.
     """
     mode = os.environ.get("LLADA_KERNELS_CUDA", "auto")
     if mode not in ("auto", "on", "off"):
         raise SystemExit(f"LLADA_KERNELS_CUDA: expected auto, on or off, got {mode!r}")
-    cuda_home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc") or (cuda_home and shutil.which("nvcc", path=str(Path(cuda_home) / "bin")))
+    if mode == "off" or (mode == "auto" and not _torch_is_a_cuda_build()):
+        return False
+    nvcc = find_nvcc()
+    if nvcc is None:
+        reason = "nvcc was not found on PATH or under CUDA_HOME"
+    else:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+        release = re.search(r"release (\d+)\.(\d+)", text)
+        if release and (int(release[1]), int(release[2])) >= OLDEST_NVCC:
+            return True
+        reason = f"expected nvcc {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer, got {release[0] if release else repr(text)} ({nvcc})"
     if mode == "on":
-        if not nvcc:
-            raise SystemExit("LLADA_KERNELS_CUDA=on: nvcc was not found on PATH or under CUDA_HOME; install it or set it to off")
-        raise SystemExit("LLADA_KERNELS_CUDA=on: this version has no CUDA kernels yet; set it to auto or off")
+        raise SystemExit(f"LLADA_KERNELS_CUDA=on: {reason}; install it or set LLADA_KERNELS_CUDA=off")
+    print(f"llada-kernels: no CUDA kernels: {reason}", flush=True)
     return False
+
+
+def compile_jobs(cuda: bool) -> int:
+    """Jobs of a build: MAX_JOBS, else one per core, with CUDA at most 2 per 4 GiB of memory (nvcc takes 1 to 2 GiB a file)."""
+    if "MAX_JOBS" in os.environ:
+        return int(os.environ["MAX_JOBS"])
+    jobs = os.cpu_count() or 1
+    if cuda:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(OSError, ValueError):  # the limit of a container; "max": none
+            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        jobs = min(jobs, max(1, memory // (2 << 30)))
+    return jobs
 
 
 def _requires() -> list[str]:

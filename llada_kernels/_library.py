@@ -18,6 +18,7 @@ OPERATORS = (
     "block_attention_backward",
     "cached_block_attention",
     "cpu_level",
+    "cuda_architectures",
     "grouped_gemm",
     "grouped_gemm_backward",
     "lm_head_unmask",
@@ -67,3 +68,10 @@ def _map() -> str | None:
 
 
 load_error = _load()
+
+#: Operators that have CUDA kernels in the loaded library: none, unless it was built with LLADA_KERNELS_CUDA.
+cuda_operators: frozenset[str] = (
+    frozenset(name for name in OPERATORS if torch._C._dispatch_has_kernel_for_dispatch_key(f"llada_kernels::{name}", "CUDA"))
+    if load_error is None
+    else frozenset()
+)

@@ -35,6 +35,7 @@ def collect() -> dict[str, Any]:
         "triton": _version("triton"),
         "backends": {
             "native": _library.load_error or "loaded",
+            "native on a GPU": _cuda_kernels(),
             "triton": _triton.missing or "installed",
             "reference": "loaded",
         },
@@ -75,6 +76,15 @@ def _cpu_level() -> str:
         return str(torch.ops.llada_kernels.cpu_level())
     except ValueError as error:
         return f"error: {error}"
+
+
+def _cuda_kernels() -> str:
+    if _library.load_error is not None:
+        return "unknown: the compiled library is not loaded"
+    architectures = str(torch.ops.llada_kernels.cuda_architectures())
+    if not architectures:
+        return "CUDA kernels not built (LLADA_KERNELS_CUDA=on builds them)"
+    return f"CUDA kernels for {architectures}: {', '.join(sorted(_library.cuda_operators))}"
 
 
 def _tile_planner() -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .cuda_emulation import emulated_cuda
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -29,3 +31,13 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where new tensors lie: "cpu", "cuda" (skipped without a GPU), or "emulated": on a CPU, native operators run their CUDA kernels."""
+    kind: str = request.param
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with emulated_cuda() if kind == "emulated" else torch.device(kind):
+        yield kind

@@ -76,7 +76,7 @@ def test_sdist_holds_what_the_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "build_tools/build_backend.py", "LICENSE"}
-    needed |= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
+    needed |= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")}
     assert needed <= names
     assert not [name for name in names if name.endswith(".so")]
 
@@ -120,17 +120,60 @@ def test_info_of_this_installation():
     assert facts["ops"]["block_attention"] == ["native", "reference"]
 
 
-def test_cuda_switch(monkeypatch):
-    monkeypatch.setenv("LLADA_KERNELS_CUDA", "perhaps")
-    with pytest.raises(SystemExit, match="expected auto, on or off, got 'perhaps'"):
-        build_backend.wants_cuda()
-    monkeypatch.setenv("LLADA_KERNELS_CUDA", "on")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    with pytest.raises(SystemExit, match="nvcc was not found"):
-        build_backend.wants_cuda()
-    monkeypatch.setenv("LLADA_KERNELS_CUDA", "off")
-    assert build_backend.wants_cuda() is False
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(nvcc="13.0", cuda_torch=True): an nvcc of that release (None: none) and a torch of that kind, as the build sees them."""
+
+    def describe(nvcc: str | None, cuda_torch: bool) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").touch()
+        version = "__all__ = ['cuda']\ncuda: Optional[str] = " + ("'13.0'" if cuda_torch else "None") + "\n"
+        (tmp_path / "torch" / "version.py").write_text(version)
+        monkeypatch.setattr(build_backend, "_site_packages", lambda: [tmp_path])
+        if nvcc is not None:
+            (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
+            (tmp_path / "nvcc").chmod(0o755)
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("mode", "nvcc", "cuda_torch", "expected"),
+    [
+        ("auto", "13.0", True, True),
+        ("auto", "12.8", True, True),
+        ("auto", "12.6", True, False),
+        ("auto", "13.0", False, False),
+        ("auto", None, True, False),
+        ("off", "13.0", True, False),
+        ("on", "13.0", False, True),
+        ("on", "12.8", True, True),
+        ("on", "12.6", True, "expected nvcc 12.8 or newer, got release 12.6 .*set LLADA_KERNELS_CUDA=off"),
+        ("on", "9.2", True, "expected nvcc 12.8 or newer, got release 9.2"),
+        ("on", None, True, "nvcc was not found on PATH or under CUDA_HOME"),
+        ("perhaps", "13.0", True, "expected auto, on or off, got 'perhaps'"),
+    ],
+)
+def test_cuda_switch(monkeypatch, machine, mode, nvcc, cuda_torch, expected):
+    monkeypatch.setenv("LLADA_KERNELS_CUDA", mode)
+    machine(nvcc, cuda_torch)
+    if isinstance(expected, str):
+        with pytest.raises(SystemExit, match=expected):
+            build_backend.wants_cuda()
+    else:
+        assert build_backend.wants_cuda() is expected
+
+
+def test_compile_jobs_fit_the_memory(monkeypatch):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for gib, jobs in ((1, 1), (4, 2), (24, 12)):
+        monkeypatch.setattr(os, "sysconf", lambda name, gib=gib: gib << 18 if name == "SC_PHYS_PAGES" else 4096)
+        assert build_backend.compile_jobs(cuda=True) == jobs and build_backend.compile_jobs(cuda=False) == 64
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert build_backend.compile_jobs(cuda=True) == build_backend.compile_jobs(cuda=False) == 3
 
 
 def test_the_build_asks_for_torch_only_where_there_is_none(monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
 // Every operator schema. Implementations register themselves in <op>.cpp.
-#include <torch/csrc/stable/library.h>
+#include "bindings/launch.h"
 
-STABLE_TORCH_LIBRARY(llada_kernels, m) {
+LLADA_LIBRARY_DEFINITION(LLADA_LIBRARY, m) {
   m.def("cpu_level() -> str");
+  m.def("cuda_architectures() -> str");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor total, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd) "

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_unmask(const Tensor& hidden, const Te
   check_tensor("hidden", hidden, hidden.scalar_type(), {-1, -1, -1});
   check_tensor("lm_head", lm_head, hidden.scalar_type(), {-1, p.width});
   p.rules.vocab = lm_head.size(0), p.rules.mask_token_id = mask_token_id;
-  const UnmaskCall call(p.rules, tokens, threshold, editing_threshold, min_unmask, editable);
+  const UnmaskCall call(p.rules, {"hidden", hidden}, tokens, threshold, editing_threshold, min_unmask, editable);
   p.hidden = hidden.const_data_ptr(), p.lm_head = lm_head.const_data_ptr();
   lm_head_unmask_cpu(p, torch_threads());
   return call.results();

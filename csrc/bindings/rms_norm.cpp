@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "bindings/tensor_checks.h"
+#include "bindings/launch.h"
 
 namespace llada {
 namespace {
@@ -11,16 +11,26 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weigh
   check(x.dim() == 2, "x: expected 2 dimensions, got shape ", shape_text(x));
   const int64_t rows = x.size(0), width = x.size(1);
   const bool is_bf16 = check_float_dtype("x", x);
-  check_tensor("x", x, x.scalar_type(), {rows, width});
-  check_tensor("weight", weight, x.scalar_type(), {width});
-  if (residual) check_tensor("residual", *residual, x.scalar_type(), {rows, width});
+  const Beside beside{"x", x};
+  check_tensor("x", x, x.scalar_type(), {rows, width}, &beside);
+  check_tensor("weight", weight, x.scalar_type(), {width}, &beside);
+  if (residual) check_tensor("residual", *residual, x.scalar_type(), {rows, width}, &beside);
   Tensor y = torch::stable::empty_like(x);
   Tensor total = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
-  rms_norm_cpu(
-      {is_bf16, rows, width, float(eps), x.const_data_ptr(), weight.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
-       y.mutable_data_ptr(), total.mutable_data_ptr(), rstd.mutable_data_ptr<float>()},
-      torch_threads());
+  const RmsNormParams p{is_bf16,
+                        rows,
+                        width,
+                        float(eps),
+                        x.const_data_ptr(),
+                        weight.const_data_ptr(),
+                        residual ? residual->const_data_ptr() : nullptr,
+                        y.mutable_data_ptr(),
+                        total.mutable_data_ptr(),
+                        rstd.mutable_data_ptr<float>()};
+  run_kernel(
+      "rms_norm", x, 0, [&](const Parallel& threads) { rms_norm_cpu(p, threads); },
+      [&](void* workspace, void* stream) { return rms_norm_cuda(p, workspace, stream); });
   return {y, total, rstd};
 }
 
@@ -29,24 +39,36 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, std::optional
   check(x.dim() == 2, "x: expected 2 dimensions, got shape ", shape_text(x));
   const int64_t rows = x.size(0), width = x.size(1);
   const bool is_bf16 = check_float_dtype("x", x);
-  check_tensor("x", x, x.scalar_type(), {rows, width});
-  check_tensor("grad_y", grad_y, x.scalar_type(), {rows, width});
-  if (grad_total) check_tensor("grad_total", *grad_total, x.scalar_type(), {rows, width});
-  check_tensor("weight", weight, x.scalar_type(), {width});
-  check_tensor("rstd", rstd, ScalarType::Float, {rows});
+  const Beside beside{"x", x};
+  check_tensor("x", x, x.scalar_type(), {rows, width}, &beside);
+  check_tensor("grad_y", grad_y, x.scalar_type(), {rows, width}, &beside);
+  if (grad_total) check_tensor("grad_total", *grad_total, x.scalar_type(), {rows, width}, &beside);
+  check_tensor("weight", weight, x.scalar_type(), {width}, &beside);
+  check_tensor("rstd", rstd, ScalarType::Float, {rows}, &beside);
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_weight = torch::stable::new_empty(x, {width}, ScalarType::Float);
-  rms_norm_backward_cpu(
-      {is_bf16, rows, width, grad_y.const_data_ptr(), grad_total ? grad_total->const_data_ptr() : nullptr, x.const_data_ptr(),
-       weight.const_data_ptr(), rstd.const_data_ptr<float>(), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr<float>()},
-      torch_threads());
+  const RmsNormBackwardParams p{is_bf16,
+                                rows,
+                                width,
+                                grad_y.const_data_ptr(),
+                                grad_total ? grad_total->const_data_ptr() : nullptr,
+                                x.const_data_ptr(),
+                                weight.const_data_ptr(),
+                                rstd.const_data_ptr<float>(),
+                                grad_x.mutable_data_ptr(),
+                                grad_weight.mutable_data_ptr<float>()};
+  run_kernel(
+      "rms_norm_backward", x, rms_norm_backward_workspace(p), [&](const Parallel& threads) { rms_norm_backward_cpu(p, threads); },
+      [&](void* workspace, void* stream) { return rms_norm_backward_cuda(p, workspace, stream); });
   return {grad_x, grad_weight};
+}
+
+void implement(Library& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }
 
 }  // namespace
 }  // namespace llada
 
-STABLE_TORCH_LIBRARY_IMPL(llada_kernels, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&llada::rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&llada::rms_norm_backward));
-}
+LLADA_REGISTER_CPU_AND_CUDA(llada::implement)

@@ -34,9 +34,19 @@ inline std::string shape_text(const Tensor& x) {
   return text + ")";
 }
 
-// -1 stands for any size. Kernels read raw memory, so every tensor is checked to be on the CPU and contiguous as well.
-inline void check_tensor(const char* name, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  check(x.is_cpu(), name, ": expected a CPU tensor");
+// The argument that decides on which device all the others must lie.
+struct Beside {
+  const char* name;
+  const Tensor& x;
+};
+
+// -1 stands for any size. Kernels read raw memory, so every tensor is checked to be contiguous and on the CPU, or with `beside` on that
+// device.
+inline void check_tensor(const char* name, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape,
+                         const Beside* beside = nullptr) {
+  check(beside != nullptr || x.is_cpu(), name, ": expected a CPU tensor");
+  check(beside == nullptr || (x.is_cpu() == beside->x.is_cpu() && x.get_device_index() == beside->x.get_device_index()), name,
+        ": expected the device of ", beside == nullptr ? "" : beside->name);
   check(x.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
         torch::headeronly::toString(x.scalar_type()));
   bool same = x.dim() == int64_t(shape.size());

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "bindings/tensor_checks.h"
+#include "bindings/launch.h"
 #include "threshold_unmask/params.h"
 
 namespace llada {
@@ -11,38 +11,40 @@ namespace llada {
 using OptionalTensor = std::optional<Tensor>;
 
 template <class T>
-const T* optional_data(const char* name, const OptionalTensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
+const T* optional_data(const char* name, const OptionalTensor& x, ScalarType dtype, std::initializer_list<int64_t> shape,
+                       const Beside& beside) {
   if (!x.has_value()) return nullptr;
-  check_tensor(name, *x, dtype, shape);
+  check_tensor(name, *x, dtype, shape, &beside);
   return static_cast<const T*>(x->const_data_ptr());
 }
 
-// Fills the fields of `p` that lie between the logits and the temperature, and allocates the results.
+// Fills the fields of `p` that lie between the logits and the temperature, and allocates the results. `beside`: the logits, or what makes
+// them.
 class UnmaskCall {
  public:
-  UnmaskCall(ThresholdUnmaskParams& p, const Tensor& tokens, const Tensor& threshold, const OptionalTensor& editing_threshold,
-             const Tensor& min_unmask, const OptionalTensor& editable)
+  UnmaskCall(ThresholdUnmaskParams& p, const Beside& beside, const Tensor& tokens, const Tensor& threshold,
+             const OptionalTensor& editing_threshold, const Tensor& min_unmask, const OptionalTensor& editable)
       : new_tokens_(torch::stable::empty_like(tokens)),
         confidence_(torch::stable::new_empty(tokens, {p.rows, p.length}, ScalarType::Float)),
         counts_(torch::stable::new_empty(tokens, {p.rows, 2}, ScalarType::Int)),
-        bad_(size_t(p.rows * p.length)),
+        bad_(on_cuda(beside.x) ? 0 : size_t(p.rows * p.length)),
         length_(p.length) {
     check(0 <= p.mask_token_id && p.mask_token_id < p.vocab, "mask_token_id: expected an id in [0, ", p.vocab, "), got ", p.mask_token_id);
-    check_tensor("tokens", tokens, ScalarType::Long, {p.rows, p.length});
-    check_tensor("threshold", threshold, ScalarType::Float, {p.rows});
-    check_tensor("min_unmask", min_unmask, ScalarType::Long, {p.rows});
+    check_tensor("tokens", tokens, ScalarType::Long, {p.rows, p.length}, &beside);
+    check_tensor("threshold", threshold, ScalarType::Float, {p.rows}, &beside);
+    check_tensor("min_unmask", min_unmask, ScalarType::Long, {p.rows}, &beside);
     p.tokens = static_cast<const int64_t*>(tokens.const_data_ptr());
     p.threshold = static_cast<const float*>(threshold.const_data_ptr());
     p.min_unmask = static_cast<const int64_t*>(min_unmask.const_data_ptr());
-    p.editing_threshold = optional_data<float>("editing_threshold", editing_threshold, ScalarType::Float, {p.rows});
-    p.editable = optional_data<bool>("editable", editable, ScalarType::Bool, {p.rows, p.length});
+    p.editing_threshold = optional_data<float>("editing_threshold", editing_threshold, ScalarType::Float, {p.rows}, beside);
+    p.editable = optional_data<bool>("editable", editable, ScalarType::Bool, {p.rows, p.length}, beside);
     p.new_tokens = static_cast<int64_t*>(new_tokens_.mutable_data_ptr());
     p.confidence = static_cast<float*>(confidence_.mutable_data_ptr());
     p.counts = static_cast<int32_t*>(counts_.mutable_data_ptr());
     p.bad = bad_.data();
   }
 
-  // After the launch: the results, or the error in the logits.
+  // After the launch: the results, or the error in the logits, of which a GPU says nothing here (counts of -1 do).
   std::tuple<Tensor, Tensor, Tensor> results() const {
     for (int64_t i = 0; i < int64_t(bad_.size()); ++i) {
       const char kind = bad_[size_t(i)];

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/cpu_level.h"
+#include "common/cuda_kernel.h"
 
 namespace llada {
 
@@ -23,7 +24,12 @@ struct RmsNormBackwardParams {
   float* grad_weight;  // [width]; fp32 whatever the dtype
 };
 
+// Bytes for CUDA: a gradient of the weight per chunk of 128 rows.
+inline int64_t rms_norm_backward_workspace(const RmsNormBackwardParams& p) { return 4 * p.width * ((p.rows + 127) / 128); }
+
 LLADA_DECLARE_CPU_KERNEL(rms_norm, RmsNormParams)
 LLADA_DECLARE_CPU_KERNEL(rms_norm_backward, RmsNormBackwardParams)
+LLADA_DECLARE_CUDA_KERNEL(rms_norm, RmsNormParams)
+LLADA_DECLARE_CUDA_KERNEL(rms_norm_backward, RmsNormBackwardParams)
 
 }  // namespace llada

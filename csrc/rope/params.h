@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/cpu_level.h"
+#include "common/cuda_kernel.h"
 
 namespace llada {
 
@@ -29,6 +30,13 @@ struct RopeParams {
   RopeHeads q, k;         // k.tokens is 0 without k
 };
 
+// Bytes for CUDA: with norms the backward keeps a gradient of the weight per chunk of 128 heads.
+inline int64_t rope_workspace(const RopeParams& p) {
+  if (!p.transposed || p.q.weight == nullptr) return 0;
+  return 4 * p.dim * ((p.q.tokens * p.q.heads + 127) / 128 + (p.k.tokens * p.k.heads + 127) / 128);
+}
+
 LLADA_DECLARE_CPU_KERNEL(rope, RopeParams)
+LLADA_DECLARE_CUDA_KERNEL(rope, RopeParams)
 
 }  // namespace llada

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/cpu_level.h"
+#include "common/cuda_kernel.h"
 
 namespace llada {
 
@@ -26,6 +27,10 @@ struct ThresholdUnmaskParams {
   char* bad;                       // [rows, length]: 0, or 'n' NaN, 'i' +inf, 'e' nothing finite besides the mask token
 };
 
+// Bytes: 3 floats per part of 1024 ids, a float and a char per position.
+inline int64_t threshold_unmask_workspace(const ThresholdUnmaskParams& p) { return p.rows * p.length * ((p.vocab + 1023) / 1024 * 12 + 5); }
+
 LLADA_DECLARE_CPU_KERNEL(threshold_unmask, ThresholdUnmaskParams)
+LLADA_DECLARE_CUDA_KERNEL(threshold_unmask, ThresholdUnmaskParams)
 
 }  // namespace llada

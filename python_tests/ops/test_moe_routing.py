@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from llada_kernels.ops.moe_routing import BACKENDS, Routing, moe_routing
 
-from ..backends import cpu_backends
+from ..backends import cpu_backends, everywhere
 from ..conftest import GOLDEN
 
 NAMES = cpu_backends(BACKENDS)
@@ -62,9 +62,9 @@ def assert_sorted(routing, experts):
     assert routing.num_experts == experts
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@everywhere(BACKENDS)
 @pytest.mark.parametrize("name", ["e256", "e256_bf16in", "e16"])
-def test_golden(backend, name):
+def test_golden(backend, device, name):
     data, case = load_file(GOLDEN / "router" / "io.safetensors"), json.loads((GOLDEN / "router" / "case.json").read_text())
     run = next(r for r in case["runs"] if r["name"] == name)
     groups = run["n_group"], run["topk_group"], run["routed_scaling_factor"]
@@ -89,11 +89,11 @@ SIZES = [  # tokens, experts, top_k, n_group, topk_group, block_pool
 ]
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@everywhere(BACKENDS)
 @pytest.mark.parametrize("score,normalize", [("sigmoid", True), ("softmax", False), ("softmax", True), ("sigmoid", False)])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("tokens,experts,top_k,n_group,topk_group,block_pool", SIZES)
-def test_choice_and_weights(backend, score, normalize, ties, tokens, experts, top_k, n_group, topk_group, block_pool):
+def test_choice_and_weights(backend, device, score, normalize, ties, tokens, experts, top_k, n_group, topk_group, block_pool):
     """Ids exactly, also where nearly all scores tie; weights and their gradients against fp64."""
     logits = torch.randint(-1, 2, (tokens, experts)).float() if ties else torch.randn(tokens, experts) * 2
     bias = None if score == "softmax" else (torch.randint(0, 2, (experts,)) / 4 if ties else torch.randn(experts) * 0.1)
@@ -135,22 +135,22 @@ def test_any_size(tokens, groups, size, data, seed):
         assert_sorted(out, experts)
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_bias_selects_but_does_not_weigh(backend):
+@everywhere(BACKENDS)
+def test_bias_selects_but_does_not_weigh(backend, device):
     logits, bias = torch.zeros(1, 4), torch.tensor([0.0, 5.0, 0.0, 1.0])
     out = moe_routing(logits, bias, 2, scale=2.5, backend=backend)
     assert out.topk_ids.tolist() == [[1, 3]]
     assert out.topk_weights.tolist() == [[1.25, 1.25]]
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_single_choice_is_not_normalised(backend):
+@everywhere(BACKENDS)
+def test_single_choice_is_not_normalised(backend, device):
     out = moe_routing(torch.tensor([[0.0, -1.0]]), None, 1, scale=2.0, backend=backend)
     assert out.topk_weights.tolist() == [[1.0]]  # 2 * sigmoid(0), not 2
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_saturated_and_special_logits(backend):
+@everywhere(BACKENDS)
+def test_saturated_and_special_logits(backend, device):
     """sigmoid is exactly 1 from about 17 on: such experts tie. NaN sorts above everything, -inf is a score of 0."""
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[20.0, 90.0, inf, 30.0, 0.0], [-inf, -inf, -200.0, -inf, -inf], [0.0, nan, 9.0, nan, 1.0]])
@@ -161,8 +161,8 @@ def test_saturated_and_special_logits(backend):
     assert_sorted(out, 5)
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_no_tokens(backend):
+@everywhere(BACKENDS)
+def test_no_tokens(backend, device):
     logits = torch.empty(0, 6, requires_grad=True)
     out = moe_routing(logits, torch.zeros(6), 2, 3, 2, backend=backend)
     assert out.topk_ids.shape == out.topk_weights.shape == (0, 2) and out.offsets.tolist() == [0] * 7

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llada_kernels.ops.rms_norm import BACKENDS, rms_norm
 from llada_kernels.testing import assert_as_exact_as
 
-from ..backends import cpu_backends
+from ..backends import cpu_backends, everywhere
 
 NAMES = cpu_backends(BACKENDS)
 
@@ -18,10 +18,10 @@ def plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps))
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@everywhere(BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 33), (300, 64), (7, 2048), (0, 8), (3, 0)])
-def test_values_and_gradients(backend, dtype, shape):
+def test_values_and_gradients(backend, device, dtype, shape):
     x, weight, grad = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype), torch.randn(shape, dtype=dtype)
     results = []
     for run, kind in ((rms_norm, dtype), (plain, dtype), (plain, torch.float64)):
@@ -33,8 +33,8 @@ def test_values_and_gradients(backend, dtype, shape):
         assert_as_exact_as(ours, same, exact, name=name)
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_rounds_before_it_scales(backend):
+@everywhere(BACKENDS)
+def test_rounds_before_it_scales(backend, device):
     """The official order: cast to the dtype of x, then multiply by the weight. The other order differs in bf16."""
     x, weight = torch.randn(64, 128, dtype=torch.bfloat16), torch.randn(128, dtype=torch.bfloat16)
     z = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -44,10 +44,10 @@ def test_rounds_before_it_scales(backend):
     assert (y != other_order).float().mean() > 0.1
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@everywhere(BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 33), (300, 64), (0, 8)])
-def test_with_a_residual_it_is_bitwise_two_steps(backend, dtype, shape):
+def test_with_a_residual_it_is_bitwise_two_steps(backend, device, dtype, shape):
     """The sum is rounded before it is normalised, and gradients are those that autograd adds up over the two uses of the sum."""
     inputs = [torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)]
     grad_y, grad_total = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)

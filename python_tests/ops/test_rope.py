@@ -7,7 +7,7 @@ from llada_kernels.ops import explain
 from llada_kernels.ops.rms_norm import rms_norm
 from llada_kernels.ops.rope import BACKENDS, rope, rope_tables
 
-from ..backends import cpu_backends
+from ..backends import cpu_backends, everywhere
 
 NAMES = cpu_backends(BACKENDS)
 SHAPES = [  # tokens, heads, head_dim, rotary_dim
@@ -40,10 +40,10 @@ def complex_rotation(x, positions, rotary_dim, theta):
     return torch.cat((z.real, z.imag, x[..., rotary_dim:]), dim=-1)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@everywhere(BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bitwise_the_official_code_and_its_gradient(backend, dtype, shape):
+def test_bitwise_the_official_code_and_its_gradient(backend, device, dtype, shape):
     tokens, heads, dim, rotary = shape
     x, grad = torch.randn(tokens, heads, dim, dtype=dtype), torch.randn(tokens, heads, dim, dtype=dtype)
     cos, sin = torch.randn(tokens, rotary, dtype=dtype), torch.randn(tokens, rotary, dtype=dtype)
@@ -55,9 +55,9 @@ def test_bitwise_the_official_code_and_its_gradient(backend, dtype, shape):
     assert torch.equal(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@everywhere(BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
-def test_turns_pairs_by_the_angle_of_their_position(backend, dtype, tolerance):
+def test_turns_pairs_by_the_angle_of_their_position(backend, device, dtype, tolerance):
     positions = torch.tensor([0, 1, 2, 5, 31, 3, 0])
     x = torch.randn(7, 2, 32, dtype=dtype)
     cos, sin = rope_tables(positions, 16, 10000.0, dtype)
@@ -87,8 +87,8 @@ def test_same_bits_for_any_number_of_threads():
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_non_contiguous_input_and_gradient(backend):
+@everywhere(BACKENDS)
+def test_non_contiguous_input_and_gradient(backend, device):
     qkv = torch.randn(6, 8, 16, requires_grad=True)
     cos, sin = (t.T.contiguous().T for t in rope_tables(torch.arange(6), 8, 1e4, torch.float32))
     y = rope(qkv[:, 2:5], cos, sin, backend=backend)
@@ -97,11 +97,11 @@ def test_non_contiguous_input_and_gradient(backend):
     assert qkv.grad[:, 2:5].abs().sum() > 0 and qkv.grad[:, :2].abs().sum() == 0
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@everywhere(BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 2, 130, 64), (1, 1, 1, 0)])
-def test_queries_and_keys_in_one_call_are_bitwise_norm_and_rope_of_each(backend, dtype, normed, shape):
+def test_queries_and_keys_in_one_call_are_bitwise_norm_and_rope_of_each(backend, device, dtype, normed, shape):
     """Views of one QKV product, half as many KV heads as heads; outputs, gradients, and gradients of the weights."""
     tokens, heads, dim, rotary = shape
     kv = max(heads // 2, 1)
@@ -126,8 +126,8 @@ def test_queries_and_keys_in_one_call_are_bitwise_norm_and_rope_of_each(backend,
         assert torch.equal(ours, expected), name
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_queries_of_the_first_tokens_only(backend):
+@everywhere(BACKENDS)
+def test_queries_of_the_first_tokens_only(backend, device):
     q, k, weight = torch.randn(300, 3, 16), torch.randn(700, 2, 16), torch.randn(16)
     cos, sin = rope_tables(torch.arange(700), 8, 1e4, torch.float32)
     for weights in ((None, None), (weight, weight * 2)):

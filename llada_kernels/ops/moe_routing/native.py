@@ -13,8 +13,10 @@ from ..dispatch import Backend
 from .routing import Routing
 
 
-def _supports(logits: Tensor, expert_bias: Tensor | None, *options: Any) -> str | None:
-    return native_reason(logits, expert_bias, dtypes=(torch.float32,))
+def _supports(logits: Tensor, expert_bias: Tensor | None, top_k: int, n_group: int, *options: Any) -> str | None:
+    if logits.device.type == "cuda" and logits.shape[1] + n_group > 1500:
+        return f"native serves at most 1500 experts and groups together on a GPU, got {logits.shape[1] + n_group}"
+    return native_reason(logits, expert_bias, dtypes=(torch.float32,), cuda="moe_routing")
 
 
 def moe_routing(

@@ -11,7 +11,7 @@ from ..dispatch import Backend
 
 
 def _native_supports(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> str | None:
-    return native_reason(x, weight, residual)
+    return native_reason(x, weight, residual, cuda="rms_norm")
 
 
 def _native(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:

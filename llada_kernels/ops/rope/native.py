@@ -15,7 +15,9 @@ def _native_supports(
 ) -> str | None:
     if cos.requires_grad or sin.requires_grad:
         return "native treats cos and sin as constants, one of them requires a gradient"
-    return native_reason(q, cos, sin, k, q_weight, k_weight)
+    if q.device.type == "cuda" and q.shape[-1] > 480:
+        return f"native serves head dims up to 480 on a GPU, got {q.shape[-1]}"
+    return native_reason(q, cos, sin, k, q_weight, k_weight, cuda="rope")
 
 
 def _native(

@@ -1,4 +1,4 @@
-"""Native CPU backend of threshold_unmask: csrc/threshold_unmask."""
+"""Native backend of threshold_unmask: csrc/threshold_unmask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..dispatch import Backend
 
 
 def _supports(logits: Tensor, tokens: Tensor, *_: object) -> str | None:
-    return native_reason(logits, tokens)
+    return native_reason(logits, tokens, cuda="threshold_unmask")
 
 
 def _native(logits: Tensor, tokens: Tensor, mask_token_id: int, *parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
