@@ -7,7 +7,7 @@ from torch import Tensor
 from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
 from ..threshold_unmask.arguments import PerRow, Unmasked, rule_arguments
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["lm_head_unmask"]
 
@@ -32,8 +32,8 @@ def lm_head_unmask(
 ) -> Unmasked:
     """``threshold_unmask(hidden @ lm_head.T, tokens, ...)``: see there for the rules and the other arguments.
 
-    At temperature 0 the native backend reads lm_head once and holds the logits of 1024 ids at a
-    time. Temperatures above 0 are the reference's, which computes all logits.
+    At temperature 0 the native and Triton backends hold the logits of 1024 ids at a time (Triton:
+    per program). Temperatures above 0 are the reference's, which computes all logits.
 
     Args:
         hidden: [R, L, H] fp32 or bf16 (reference: any floating dtype): final hidden states.
@@ -46,7 +46,8 @@ def lm_head_unmask(
         threshold_unmask; products may differ from those of F.linear by their rounding, and with
         them confidences, and choices between logits that are equal up to this rounding. Nothing is
         differentiated.
-    Determinism: native: bitwise, on any number of threads; reference: that of torch.matmul.
+    Determinism: native: bitwise, on any number of threads; triton: bitwise; reference: that of
+        torch.matmul.
 
     Returns:
         An Unmasked (tokens, confidence, counts).
@@ -67,4 +68,4 @@ def lm_head_unmask(
     return Unmasked(*run("lm_head_unmask", BACKENDS, backend, hidden, lm_head, *rules))
 
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)

@@ -10,8 +10,8 @@ from ..dispatch import Backend
 
 #: Ids of a part: see reference.py.
 PART = 1024
-#: Positions and parts that the second kernel combines at once.
-_RULES = {"BL": 32, "BP": 32, "num_warps": 8, "enable_fp_fusion": False}
+#: Positions and parts that the second kernel combines at once. Without a limit ptxas takes 64 registers on 8.0 and spills.
+_RULES = {"BL": 32, "BP": 32, "num_warps": 8, "maxnreg": 255, "enable_fp_fusion": False}
 
 
 def supports_rules(
