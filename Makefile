@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CLANG_FORMAT_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test bench lint install aarch64 cuda clean
+.PHONY: demo test bench lint install aarch64 cuda gpu-dry-run clean
 
 demo: install
 	$(BIN)/llada-kernels demo $(ARGS)
@@ -53,6 +53,10 @@ cuda: install
 	cd build/cuda && $(abspath $(BIN))/python -m llada_kernels.info | grep "CUDA kernels for sm_80, sm_90a, compute_90: moe_routing"
 	cd build/cuda && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not gpu" -k "not emulated" \
 	  $(CUDA_OPS:%=python_tests/ops/test_%.py)
+
+# The script for machines with a GPU, every line of it with tiny shapes, Triton kernels in the interpreter.
+gpu-dry-run: install
+	PYTHON=$(BIN)/python bench/gpu.sh all --dry-run build/gpu-dry-run
 
 clean:
 	rm -rf build dist *.egg-info llada_kernels/*.so

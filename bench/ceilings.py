@@ -25,9 +25,9 @@ _GEMM_DTYPES = (torch.bfloat16, torch.float32)
 class Ceilings:
     """Read bandwidth and GEMM arithmetic per number of threads: the best of everything seen in the run, and bandwidth at any moment.
 
-    Two threads of a virtual machine read 42 or 75 GB/s, from one second to the next: by where the host places them (measured with one
-    loop, pages of 4 KB and of 2 MB alike, while one thread reads 40 and two compute at full speed in both states). So what is bound by
-    bandwidth is compared with what could be read beside each of its repetitions, :meth:`read_now`.
+    Two threads of a virtual machine read 42 or 75 GB/s, from one second to the next, probably by where the host places them (measured
+    with one loop, pages of 4 KB and of 2 MB alike, while one thread reads 40 and two compute at full speed in both states). So what is
+    bound by bandwidth is compared with what could be read beside each of its repetitions, :meth:`read_now`.
 
     Attributes:
         values: ``{"read 2": {"value": 52e9, "how": "..."}, "gemm bfloat16 2": ...}`` in bytes and FLOPs per second.

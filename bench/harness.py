@@ -198,8 +198,10 @@ def interleave(counts: Sequence[int]) -> list[int]:
 
 
 def backends(module: Any, call: Callable[[str], Any]) -> list[Variant]:
-    """A variant for every backend of an op's module; ``call`` takes the backend's name. The reference counts as a baseline."""
-    return [Variant(b.name, (lambda name=b.name: call(name)), "baseline" if b.name == "reference" else "ours") for b in module.BACKENDS]
+    """A variant for every backend of an op's module that runs on a CPU (:mod:`bench.gpu` has the others); ``call`` takes the backend's
+    name. The reference counts as a baseline."""
+    names = [b.name for b in module.BACKENDS if b.name != "triton"]
+    return [Variant(n, (lambda name=n: call(name)), "baseline" if n == "reference" else "ours") for n in names]  # type: ignore[misc]
 
 
 def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopwatch | None = None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llada_kernels.ops import lm_head_unmask, lm_loss, moe_routing, threshold_unmask
+from llada_kernels.ops import lm_head_unmask, lm_loss, moe_routing, rms_norm, rope, rope_tables, threshold_unmask
 
 from ..bench_threshold_unmask import softmax_max
 from ..checks import as_exact_as, close, equal
@@ -40,6 +40,11 @@ def cases(settings: Settings) -> Iterator[Case]:
     for tokens in (8,) if settings.quick else (32, 8192):
         if settings.wants(name := f"moe_routing {tokens} tokens"):
             yield routing(name, tokens, settings)
+    for tokens in (8,) if settings.quick else (32, 16384):
+        if settings.wants(name := f"rms_norm with residual, {tokens} x {hidden}"):
+            yield norm(name, tokens, hidden, settings)
+        if settings.wants(name := f"rope with norms, {tokens} tokens, 16:4 heads"):
+            yield rotation(name, tokens, settings)
     if settings.wants(name := f"lm_loss, hidden {hidden}, vocabulary {vocab}"):
         yield loss(name, 16 if settings.quick else 4096, vocab, hidden, settings)
 
@@ -97,6 +102,52 @@ def routing(name: str, tokens: int, settings: Settings) -> Case:
     shapes = {"tokens": tokens, "experts": experts, "top_k": top_k}
     size = float(logits.numel() * 4)
     return Case("S moe_routing", name, torch.float32, shapes, variants, lambda r: integers(r) or weights(r), None, size)
+
+
+def norm(name: str, tokens: int, width: int, settings: Settings) -> Case:
+    x, residual = (normal(settings.device, settings.dtype, tokens, width, seed=i) for i in (1, 2))
+    weight = normal(settings.device, settings.dtype, width, seed=3)
+
+    def by_torch(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return F.rms_norm(total, (width,), weight, 1e-6), total
+
+    def call(backend: str | None) -> Any:
+        with torch.no_grad():
+            return rms_norm(x, weight, 1e-6, residual, backend=backend)
+
+    check = as_exact_as(by_torch(x.double(), residual.double(), weight.double()), by_torch(x, residual, weight))
+    variants = [*ours(call, settings), Variant("add + F.rms_norm", lambda: by_torch(x, residual, weight), capture=True)]
+    size = 4.0 * x.numel() * x.element_size()
+    return Case("S rms_norm", name, settings.dtype, {"tokens": tokens, "hidden": width}, variants, check, None, size)
+
+
+def rotation(name: str, tokens: int, settings: Settings) -> Case:
+    """Queries and keys as views of a fused QKV product; every head is normed before it turns."""
+    heads, kv_heads, dim = MINI["Hq"], MINI["Hkv"], MINI["D"]
+    product = normal(settings.device, settings.dtype, tokens, (heads + 2 * kv_heads) * dim, seed=1)
+    q, k = (
+        product[:, : heads * dim].view(tokens, heads, dim),
+        product[:, heads * dim : (heads + kv_heads) * dim].view(tokens, kv_heads, dim),
+    )
+    cos, sin = rope_tables(torch.arange(tokens, device=settings.device), dim // 2, 600000.0, settings.dtype)
+    weights = [normal(settings.device, settings.dtype, dim, seed=i) for i in (2, 3)]
+
+    def call(backend: str | None) -> Any:
+        with torch.no_grad():
+            return rope(q, cos, sin, k, *weights, backend=backend)
+
+    expected = call("reference")
+    check = as_exact_as([x.double() for x in rope_exact(q, k, cos, sin, weights)], expected)
+    variants = [*ours(call, settings), Variant("reference", lambda: call("reference"), capture=True)]
+    size = 2.0 * (q.numel() + k.numel()) * q.element_size()
+    return Case("S rope", name, settings.dtype, {"tokens": tokens, "heads": "16:4", "head_dim": dim}, variants, check, None, size)
+
+
+def rope_exact(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, weights: list[Tensor]) -> Any:
+    """In fp64."""
+    wide = [w.double() for w in weights]
+    return rope(q.double(), cos.double(), sin.double(), k.double(), *wide, backend="reference")
 
 
 def loss(name: str, tokens: int, vocab: int, width: int, settings: Settings) -> Case:
