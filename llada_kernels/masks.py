@@ -20,9 +20,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ._key_plan import KeyPlan, build_key_plan
 from ._tile_plan import BLOCK_M, BLOCK_N, TilePlan, build_plan, moved_to
 
 __all__ = ["DiffusionMask", "TilePlan", "block_ids"]
+
+#: Sizes of the plans that kernels for a GPU use: tokens per query tile (128 rows over 4, 2 or 1 heads), keys per tile.
+GPU_BLOCK_M = (32, 64, 128)
+GPU_BLOCK_N = 128
 
 Kind = Literal["block_diffusion", "bidirectional", "block_causal", "causal", "cached", "intervals"]
 BlockOrigin = Literal["document", "row"]
@@ -62,12 +67,16 @@ class DiffusionMask:
     query_lens: Tensor | None = None
     cu_query_lens: Tensor | None = None
     _plans: dict[tuple[int, int], TilePlan] = field(default_factory=dict, repr=False)
+    _key_plans: dict[int, KeyPlan] = field(default_factory=dict, repr=False)
     _parts: dict[int, DiffusionMask] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_keys >= 2**31:
             raise ValueError(f"mask: expected fewer than 2^31 keys, got {self.num_keys}")
-        self.tile_plan()  # now, so that code compiled later finds it
+        # Now, so that code compiled later finds them, and nothing waits for a GPU in the middle of a step.
+        self.tile_plan()
+        if self.device.type == "cuda":
+            self._plan_for_gpu()
 
     @classmethod
     def block_diffusion(
@@ -272,6 +281,28 @@ class DiffusionMask:
             self._plans[block_m, block_n] = plan
         return plan
 
+    def key_plan(self, block_n: int = GPU_BLOCK_N) -> KeyPlan:
+        """The stretches of queries that see each tile of ``block_n`` keys, on the mask's device; computed on the host once and kept.
+
+        Raises:
+            ValueError: ``block_n`` is below 1.
+        """
+        plan = self._key_plans.get(block_n)
+        if plan is None:
+            _positive("block_n", block_n)
+            context, own, tiles = (x.cpu().numpy() for x in (self.context, self.own, self.tile_plan().tiles))
+            with torch.inference_mode(False):
+                plan = build_key_plan(context, own, tiles, self.num_keys, block_n).to(self.device)
+            self._key_plans[block_n] = plan
+        return plan
+
+    def _plan_for_gpu(self) -> None:
+        """Build the plans that kernels for a GPU ask for."""
+        for block_m in GPU_BLOCK_M:
+            self.tile_plan(block_m)
+        if self.kind != "cached":
+            self.key_plan()
+
     def first_queries(self, count: int) -> DiffusionMask:
         """The same mask for the first ``count`` queries only, over all keys; made once and kept.
 
@@ -292,10 +323,15 @@ class DiffusionMask:
         target = torch.empty(0, device=device).device
         if target == self.device:
             return self
+        if target.type == "cuda":
+            self._plan_for_gpu()
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         with torch.inference_mode(False):
             moved: dict[str, Any] = {name: moved_to(value, target) for name, value in tensors.items()}
-            return replace(self, **moved, _plans={sizes: plan.to(target) for sizes, plan in self._plans.items()}, _parts={})
+            plans: dict[str, Any] = {
+                name: {sizes: plan.to(target) for sizes, plan in getattr(self, name).items()} for name in ("_plans", "_key_plans")
+            }
+            return replace(self, **moved, **plans, _parts={})
 
     def _num_cached(self) -> int:
         return 0 if self.context_lens is None else int(self.context_lens.sum())

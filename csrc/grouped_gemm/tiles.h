@@ -8,8 +8,6 @@
 #include "common/gemm.h"
 #include "common/packed_gemm.h"
 
-#include "grouped_gemm/pack_runs.h"
-
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
@@ -20,10 +18,8 @@ constexpr int64_t kStepRows = 48;
 #endif
 constexpr int64_t kBlockRows = 384;                   // rows of one work item, at most; a multiple of kStepRows
 constexpr int64_t kTile = 64;                         // columns of one work item
-constexpr int64_t kWideTile = 128;                    // of weights that are packed against their order: longer runs of memory
 constexpr int64_t kSumRows = 256, kSumColumns = 256;  // tile of a weight gradient
 constexpr int64_t kSumDepth = 256;                    // rows of an expert that it takes in one step
-constexpr int64_t kStripe = 2 * kSumColumns;          // columns of a weight gradient of an expert whose rows are one step
 
 // Rows from which something is packed (measured): with fewer, rows of B are used as dot products, or columns with strides. On tiles the
 // tokens are packed, not the weights, and the dot products of processors with tiles are slow: 100 GFLOP/s a core where 14 GB/s come from
@@ -142,11 +138,7 @@ class RightOperand {
     swapped_ = kOnTiles<T> && packed_ && k_stride == 1 && rows < n;
     if (!packed_) return;
     if (const int64_t size = packed_size<T>(swapped_ ? kPanel : n, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
-    if (swapped_) return;
-    if (n_stride == 1 && k_stride != 1 && n % kPanel == 0)
-      pack_runs(buffer_.get(), b, k_stride, n, k);
-    else
-      pack(buffer_.get(), b, n_stride, k_stride, n, k);
+    if (!swapped_) pack(buffer_.get(), b, n_stride, k_stride, n, k);
   }
   // C[m][n] = or += A[m][k] * B, A row-major.
   void multiply(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate = false) const {
@@ -196,39 +188,17 @@ inline void store_tile(const float* tile, int64_t ld, int64_t rows, int64_t colu
   }
 }
 
-// A stripe of weight_gradient's sums for an expert with few rows: b is packed once for all rows of the stripe.
-template <class T, class RowA, class RowB>
-inline void gradient_stripe(int64_t first, int64_t depth, int64_t m, int64_t n, int64_t j0, int64_t columns, T* out, RowA&& a, RowB&& b,
-                            T* left, T* right, float* sums, RightOperand<T>& operand) {
-  constexpr int64_t kRows = kSumRows / 4;  // sums stay in a near cache until they are stored
-  for (int64_t i = 0; i < depth; ++i) std::memcpy(right + i * columns, b(first + i) + j0, size_t(columns) * sizeof(T));
-  operand.set(right, 1, columns, columns, depth, m);
-  for (int64_t i0 = 0; i0 < m; i0 += kRows) {
-    const int64_t rows = least(kRows, m - i0);
-    transpose_rows([&](int64_t i) { return a(first + i) + i0; }, depth, rows, left, kSumDepth);
-    operand.multiply(left, kSumDepth, rows, sums, columns);
-    store_tile(sums, columns, rows, columns, out + i0 * n + j0, n);
-  }
-}
-
 // out[e][i][j] = sum over the rows r of e of a(r)[i] * b(r)[j], a(r) a row of m elements and b(r) one of n; zero for experts
 // without rows.
 template <class T, class RowA, class RowB>
 void weight_gradient(const int32_t* offsets, int64_t experts, int64_t m, int64_t n, T* out, const Parallel& parallel, RowA&& a, RowB&& b) {
-  // An item is a tile, or where the expert's rows are one step, all of a stripe.
   const int64_t tiles_m = ceil_div(m, kSumRows), tiles_n = ceil_div(n, kSumColumns);
   parallel.items(experts * tiles_m * tiles_n, [&](ItemQueue& queue) {
-    const auto left = scratch<T>(kSumRows * kSumDepth), right = scratch<T>(kSumDepth * kStripe);
+    const auto left = scratch<T>(kSumRows * kSumDepth), right = scratch<T>(kSumDepth * kSumColumns);
     const auto sums = scratch<float>(kSumRows * kSumColumns);
     RightOperand<T> operand;
     for (int64_t item; queue.next(item);) {
-      const int64_t e = item / (tiles_m * tiles_n), i0 = item % tiles_m * kSumRows, j0 = item / tiles_m % tiles_n * kSumColumns;
-      if (const int64_t depth = offsets[e + 1] - offsets[e]; depth > 0 && depth <= kSumDepth) {
-        if (i0 == 0 && j0 % kStripe == 0)
-          gradient_stripe(offsets[e], depth, m, n, j0, least(kStripe, n - j0), out + e * m * n, a, b, left.get(), right.get(), sums.get(),
-                          operand);
-        continue;
-      }
+      const int64_t e = item / (tiles_m * tiles_n), i0 = item / tiles_n % tiles_m * kSumRows, j0 = item % tiles_n * kSumColumns;
       const int64_t rows = least(kSumRows, m - i0), columns = least(kSumColumns, n - j0);
       T* part = out + (e * m + i0) * n + j0;
       if (offsets[e] == offsets[e + 1])

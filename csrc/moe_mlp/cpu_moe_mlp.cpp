@@ -5,7 +5,7 @@
 #include "grouped_gemm/row_blocks.h"
 #include "moe_mlp/params.h"
 
-#include "moe_mlp/few_rows.h"
+#include "moe_mlp/expert_rows.h"
 #include "swiglu/swiglu.h"
 
 namespace llada::LLADA_CPU_LEVEL {
@@ -112,8 +112,11 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
         if (rows < kPackRowsFrom<T>) {
-          multiply_few(i0, n, gate);
-          multiply_few(p.width + i0, n, up);
+          for (int64_t j = 0; j < n; j += kDotColumns) {  // two streams of weights, each in the order of memory
+            const int64_t c = least(kDotColumns, n - j);
+            multiply_few(i0 + j, c, gate + j);
+            multiply_few(p.width + i0 + j, c, up + j);
+          }
           activate(block.begin, rows, i0, n);
           continue;
         }
@@ -179,35 +182,35 @@ template <class T>
 void activation_gradients(const MoeMlpBackwardParams& p, const std::vector<RowBlock>& blocks, T* grad_gate_up, T* weighted_act,
                           const Parallel& parallel) {
   const T* kept = static_cast<const T*>(p.pre_activation);
-  const int64_t tiles = ceil_div(p.width, kWideTile), slots = p.tokens * p.top_k;
+  const int64_t tiles = ceil_div(p.width, kTile), slots = p.tokens * p.top_k;
   const auto dots = scratch<float>(tiles * slots);  // d . act of each tile's features
-  in_parts(blocks, p.width, kWideTile, parallel, [&](auto&& each) {
-    float tile[kStepRows * kWideTile];
+  in_parts(blocks, p.width, kTile, parallel, [&](auto&& each) {
+    float tile[kStepRows * kTile];
     const auto rows = scratch<T>(least(kBlockRows, slots) * p.hidden);
     RightOperand<T> operand;
     each([&](const RowBlock& block, int64_t begin, int64_t end) {
       gather(p, static_cast<const T*>(p.grad_out), block.begin, block.end - block.begin, rows.get());
-      for (int64_t i0 = begin; i0 < end; i0 += kWideTile) {
-        const int64_t n = least(kWideTile, end - i0);
+      for (int64_t i0 = begin; i0 < end; i0 += kTile) {
+        const int64_t n = least(kTile, end - i0);
         const T* weight = static_cast<const T*>(p.w_down) + block.expert * p.hidden * p.width + i0;
         operand.set(weight, 1, p.width, n, p.hidden, block.end - block.begin);
         for (int64_t r = block.begin; r < block.end; r += kStepRows) {
           const int64_t m = least(kStepRows, block.end - r);
-          operand.multiply(rows.get() + (r - block.begin) * p.hidden, p.hidden, m, tile, kWideTile);
+          operand.multiply(rows.get() + (r - block.begin) * p.hidden, p.hidden, m, tile, kTile);
           for (int64_t i = 0; i < m; ++i) {
             const int64_t slot = p.permutation[r + i], at = (r + i) * 2 * p.width + i0;
             const float routing_weight = p.weights[slot];
             Vec dot{};
             for_features(n, [&](int64_t j, int64_t count) {
               const Vec g = load_n(kept + at + j, count), u = load_n(kept + at + p.width + j, count);
-              const Vec act = round_to<T>(swiglu_forward<T>(g, u)), grad = load_n(tile + i * kWideTile + j, count);
+              const Vec act = round_to<T>(swiglu_forward<T>(g, u)), grad = load_n(tile + i * kTile + j, count);
               dot += act * grad;
               store_n(weighted_act + (r + i) * p.width + i0 + j, act * routing_weight, count);
               const SwigluGradients out = swiglu_gradients(grad * routing_weight, g, u);
               store_n(grad_gate_up + at + j, out.gate, count);
               store_n(grad_gate_up + at + p.width + j, out.up, count);
             });
-            dots[size_t(i0 / kWideTile * slots + slot)] = reduce_add(dot);
+            dots[size_t(i0 / kTile * slots + slot)] = reduce_add(dot);
           }
         }
       }
@@ -239,15 +242,15 @@ void backward(const MoeMlpBackwardParams& p, const Parallel& parallel) {
         [&](int64_t r) { return grad_gate_up.get() + r * 2 * p.width; }, [&](int64_t r) { return x + token_of(p, r) * p.hidden; });
   if (p.grad_x == nullptr) return;
   const auto to_x = [&](const RowBlock& block, int64_t h0, int64_t columns, RightOperand<T>& operand, float* panel, int64_t ld) {
-    float tile[kStepRows * kWideTile];
-    for (int64_t j = 0; j < columns; j += kWideTile) {
-      const int64_t n = least(kWideTile, columns - j);
+    float tile[kStepRows * kTile];
+    for (int64_t j = 0; j < columns; j += kTile) {
+      const int64_t n = least(kTile, columns - j);
       const T* weight = static_cast<const T*>(p.w_gate_up) + block.expert * 2 * p.width * p.hidden + h0 + j;
       operand.set(weight, 1, p.hidden, n, 2 * p.width, block.end - block.begin);
       for (int64_t r = block.begin; r < block.end; r += kStepRows) {
         const int64_t m = least(kStepRows, block.end - r);
-        operand.multiply(grad_gate_up.get() + r * 2 * p.width, 2 * p.width, m, tile, kWideTile);
-        for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kWideTile, kWideTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
+        operand.multiply(grad_gate_up.get() + r * 2 * p.width, 2 * p.width, m, tile, kTile);
+        for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
       }
     }
   };

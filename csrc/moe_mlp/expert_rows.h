@@ -100,5 +100,65 @@ inline const T* expert_rows(const ExpertWeights& w, int64_t expert, int64_t rows
   return buffer;
 }
 
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+// M rows of A times N rows of quantised weights as dot products; the sums of stream_tile on dequantised ones, which this never stores.
+template <int M, int N, class Q>
+inline void quantized_tile(const bf16* a, int64_t lda, const Q* q, const bf16* scales, int64_t k, int shift, float* c, int64_t ldc) {
+  Vec acc[M][N] = {};
+  const int64_t row_bytes = k / kQuantum * kQuantumBytes<Q>;
+  for (int64_t i = 0; i < k; i += kQuantum, q += kQuantumBytes<Q>) {
+    VecU bv[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      __builtin_prefetch(q + (N + n) * row_bytes);
+      const Vec scale = splat(to_float(scales[(n * k + i) >> shift]));
+      Vec v[2];
+      load_quantized(q + n * row_bytes, v);
+      bv[n] = (VecU)_mm512_cvtne2ps_pbh((__m512)(v[1] * scale), (__m512)(v[0] * scale));
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const VecU av = load_packed(a + m * lda + i);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[m][n] = multiply_add_pairs(acc[m][n], av, bv[n]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) c[m * ldc + n] = reduce_add(acc[m][n]);
+}
+
+template <class Q>
+__attribute__((noinline)) void gemm_quantized(const bf16* a, int64_t lda, int64_t m, const Q* q, const bf16* scales, int64_t n, int64_t k,
+                                              int64_t group, float* c, int64_t ldc) {
+  const int shift = __builtin_ctzll(uint64_t(group));
+  for (int64_t j = 0; j < n; j += kDotColumns, q += kDotColumns * k / kQuantum * kQuantumBytes<Q>, scales += kDotColumns * k / group) {
+    if (m == 1) quantized_tile<1, kDotColumns>(a, lda, q, scales, k, shift, c + j, ldc);
+    if (m == 2) quantized_tile<2, kDotColumns>(a, lda, q, scales, k, shift, c + j, ldc);
+    if (m == 3) quantized_tile<3, kDotColumns>(a, lda, q, scales, k, shift, c + j, ldc);
+    if (m == 4) quantized_tile<4, kDotColumns>(a, lda, q, scales, k, shift, c + j, ldc);
+  }
+}
+#endif
+
+// C[m][n] = A[m][k] * rows [first, first + n) of an expert, for few rows of A; `buffer` as of expert_rows.
+template <class T>
+inline void gemm_few(const ExpertWeights& w, int64_t expert, int64_t rows, int64_t k, int64_t first, int64_t n, const T* a, int64_t m,
+                     float* c, int64_t ldc, T* buffer) {
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+  if constexpr (kPackedDepth<T> == 2) {
+    if (w.kind != ExpertWeights::Kind::plain && m <= 4 && n % kDotColumns == 0 && (w.group & (w.group - 1)) == 0) {
+      const int64_t begin = (expert * rows + first) * k;
+      const bf16* scales = static_cast<const bf16*>(w.scales) + begin / w.group;
+      if (w.kind == ExpertWeights::Kind::int8)
+        return gemm_quantized(a, k, m, static_cast<const int8_t*>(w.data) + begin, scales, n, k, w.group, c, ldc);
+      return gemm_quantized(a, k, m, static_cast<const uint8_t*>(w.data) + begin / 2, scales, n, k, w.group, c, ldc);
+    }
+  }
+#endif
+  gemm_stream(a, k, m, expert_rows(w, expert, rows, k, first, n, buffer), n, k, c, ldc);
+}
+
 }  // namespace
 }  // namespace llada::LLADA_CPU_LEVEL

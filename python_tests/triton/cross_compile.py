@@ -123,15 +123,15 @@ class _NoDriver:
 
 
 def _ptxas(ptx: str) -> str:
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     target = re.search(r"\.target\s+(\w+)", ptx)
     assert target is not None
+    program = get_ptxas(int(re.sub(r"\D", "", target[1]))).path
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(program), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        command = [program, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
         result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stderr

@@ -7,11 +7,11 @@ from torch import Tensor
 from ...masks import DiffusionMask
 from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["block_attention"]
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
 
 
 def block_attention(
@@ -26,12 +26,12 @@ def block_attention(
     """Softmax attention in which each query sees at most two intervals of keys; a query that sees no key gets 0.
 
     Args:
-        q: (Tq, Hq, D), fp32 or bf16 (the reference takes any floating dtype).
+        q: (Tq, Hq, D), fp32 or bf16, on a GPU fp16 too (the reference takes any floating dtype).
         k: (Tk, Hkv, D), dtype of q; Hkv divides Hq and query head a uses KV head a // (Hq / Hkv).
         v: (Tk, Hkv, D), dtype of q.
         mask: Tq queries and Tk keys, not ``cached``; or a bool tensor (Tq, Tk) or (B, Tq / B, Tk / B), True where visible (reference only).
         softmax_scale: factor of the scores; None: 1 / sqrt(D).
-        backend: "native" (D a multiple of 8) or "reference"; None takes the first that supports the call.
+        backend: "native" (D a multiple of 8), "triton" (GPU, D of 64 or 128) or "reference"; None takes the first that supports the call.
 
     Returns:
         (Tq, Hq, D), dtype of q.
@@ -41,7 +41,7 @@ def block_attention(
         TypeError: an argument has a wrong Python type.
 
     Precision: scores and sums in fp32 (fp64 for fp64 inputs), one rounding at the end. Native rounds the probabilities of bf16 inputs
-        to bf16 before they multiply v where the CPU multiplies bf16, as PyTorch does.
+        to bf16 before they multiply v where the CPU multiplies bf16, as PyTorch does; triton does so for both 16-bit dtypes.
     Determinism: bitwise repeatable forward and backward, for any number of threads; differentiable in q, k and v.
     """
     check_attention_inputs(q, k, v, "k", "v")

@@ -9,11 +9,11 @@ from ...masks import DiffusionMask
 from .._common import check_same, check_shape, check_tensor
 from ..block_attention import check_attention_inputs, check_mask, resolve_scale
 from ..dispatch import run
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["cached_block_attention"]
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
 
 
 def cached_block_attention(
@@ -31,7 +31,7 @@ def cached_block_attention(
     """Each new token sees the cached keys of its row, and its row's new keys up to the end of its own block.
 
     Args:
-        q: (T, Hq, D), fp32 or bf16 (the reference takes any floating dtype); rows packed one after the other.
+        q: (T, Hq, D), fp32 or bf16, on a GPU fp16 too (the reference takes any floating dtype); rows packed one after the other.
         k_new: (T, Hkv, D), dtype of q; Hkv divides Hq and query head a uses KV head a // (Hq / Hkv).
         v_new: (T, Hkv, D), dtype of q.
         cache_k: (P, page_size, Hkv, D), dtype of q.
@@ -40,20 +40,21 @@ def cached_block_attention(
             and places behind a row's context are never read.
         mask: of kind ``cached``, R rows and T queries.
         softmax_scale: factor of the scores; None: 1 / sqrt(D).
-        backend: "native" (D a multiple of 8, inference) or "reference"; None takes the first that supports the call.
+        backend: "native" (D a multiple of 8), "triton" (GPU, D of 64 or 128), both for inference, or "reference"; None takes the first that
+            supports the call.
 
     Returns:
         (T, Hq, D), dtype of q.
 
     Raises:
-        ValueError: wrong shape, dtype or device; mask and inputs differ in length; a context longer than its pages; a page number
-            outside the cache; the named backend does not support the call.
+        ValueError: wrong shape, dtype or device; mask and inputs differ in length; a context longer than its pages or a page number
+            outside the cache (not on a GPU, where reading them would wait); the named backend does not support the call.
         TypeError: an argument has a wrong Python type.
 
     Precision: scores and sums in fp32 (fp64 for fp64 inputs), one rounding at the end. Native rounds the probabilities of bf16 inputs
-        to bf16 before they multiply v where the CPU multiplies bf16, as PyTorch does.
-    Determinism: bitwise repeatable, for any number of threads; a row's result does not depend on the other rows. Native is inference
-        only, the reference is differentiable.
+        to bf16 before they multiply v where the CPU multiplies bf16, as PyTorch does; triton does so for both 16-bit dtypes.
+    Determinism: bitwise repeatable, for any number of threads; a row's result does not depend on the other rows. Native and triton are
+        for inference only, the reference is differentiable.
     """
     check_attention_inputs(q, k_new, v_new, "k_new", "v_new")
     if not isinstance(mask, DiffusionMask):
