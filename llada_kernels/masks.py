@@ -33,6 +33,7 @@ Kind = Literal["block_diffusion", "bidirectional", "block_causal", "causal", "ca
 BlockOrigin = Literal["document", "row"]
 Lengths = Tensor | Sequence[int] | npt.NDArray[Any]
 _Ints = npt.NDArray[np.int64]
+_Int32s = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,8 @@ class DiffusionMask:
     _plans: dict[tuple[int, int], TilePlan] = field(default_factory=dict, repr=False)
     _key_plans: dict[int, KeyPlan] = field(default_factory=dict, repr=False)
     _parts: dict[int, DiffusionMask] = field(default_factory=dict, repr=False)
+    # context and own on the host, kept when a mask goes to a GPU: whatever is planned later reads nothing back from there.
+    _host: tuple[_Int32s, _Int32s] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_keys >= 2**31:
@@ -275,7 +278,7 @@ class DiffusionMask:
         if plan is None:
             _positive("block_m", block_m), _positive("block_n", block_n)
             rows = None if self.cu_query_lens is None else self.cu_query_lens.cpu().numpy().astype(np.int64)
-            context, own = self.context.cpu().numpy(), self.own.cpu().numpy()
+            context, own = self._host_intervals()
             with torch.inference_mode(False):  # as the mask's own tensors
                 plan = build_plan(context, own, rows, self.num_keys, block_m, block_n).to(self.device)
             self._plans[block_m, block_n] = plan
@@ -285,13 +288,16 @@ class DiffusionMask:
         """The stretches of queries that see each tile of ``block_n`` keys, on the mask's device; computed on the host once and kept.
 
         Raises:
-            ValueError: ``block_n`` is below 1.
+            ValueError: ``block_n`` is below 1, or a ``cached`` mask.
         """
         plan = self._key_plans.get(block_n)
         if plan is None:
             _positive("block_n", block_n)
-            context, own, tiles = (x.cpu().numpy() for x in (self.context, self.own, self.tile_plan().tiles))
+            if self.kind == "cached":
+                raise ValueError("mask: expected a mask without a cache: the keys of a cache are not planned")
+            context, own = self._host_intervals()
             with torch.inference_mode(False):
+                tiles = build_plan(context, own, None, self.num_keys, BLOCK_M, BLOCK_N).tiles.numpy()
                 plan = build_key_plan(context, own, tiles, self.num_keys, block_n).to(self.device)
             self._key_plans[block_n] = plan
         return plan
@@ -315,7 +321,9 @@ class DiffusionMask:
             raise ValueError(f"count: expected 0 to {self.num_queries} queries of a mask without a cache, got {count} ({self.kind})")
         if count not in self._parts:
             kept = (self.context[:count], self.own[:count], self.num_keys, self.position_ids[:count], "intervals")
-            self._parts[count] = DiffusionMask(*kept, block_size=self.block_size)  # type: ignore[arg-type]
+            context, own = self._host_intervals()
+            host = (context[:count], own[:count])
+            self._parts[count] = DiffusionMask(*kept, block_size=self.block_size, _host=host)  # type: ignore[arg-type]
         return self._parts[count]
 
     def to(self, device: torch.device | str) -> DiffusionMask:
@@ -331,7 +339,10 @@ class DiffusionMask:
             plans: dict[str, Any] = {
                 name: {sizes: plan.to(target) for sizes, plan in getattr(self, name).items()} for name in ("_plans", "_key_plans")
             }
-            return replace(self, **moved, **plans, _parts={})
+            return replace(self, **moved, **plans, _parts={}, _host=self._host_intervals())
+
+    def _host_intervals(self) -> tuple[_Int32s, _Int32s]:
+        return self._host or (self.context.cpu().numpy(), self.own.cpu().numpy())
 
     def _num_cached(self) -> int:
         return 0 if self.context_lens is None else int(self.context_lens.sum())

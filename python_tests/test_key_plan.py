@@ -72,3 +72,16 @@ def test_is_built_once_and_moves_with_the_mask():
     assert mask.to("meta").key_plan().offsets.device.type == "meta"
     with pytest.raises(ValueError, match="block_n: expected at least 1, got 0"):
         mask.key_plan(0)
+    with pytest.raises(ValueError, match="mask: expected a mask without a cache"):
+        DiffusionMask.cached([8], [8], 8).key_plan()
+
+
+def test_plans_of_a_moved_mask_read_nothing_back():
+    """What is asked for later is planned from the host's copy: the device has no data here."""
+    mask = DiffusionMask.block_diffusion([0, 33, 70], 32)
+    moved = mask.to("meta")
+    part = moved.first_queries(70)
+    for there, here in ((moved, mask), (part, mask.first_queries(70))):
+        assert there.device.type == "meta"
+        assert there.tile_plan(16).tiles.shape == here.tile_plan(16).tiles.shape
+        assert there.key_plan(16).stretches.shape == here.key_plan(16).stretches.shape
