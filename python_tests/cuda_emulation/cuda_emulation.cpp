@@ -42,7 +42,7 @@ ucontext_t scheduler_start;
 jmp_buf scheduler;
 Fiber* current = nullptr;
 std::string error;
-bool failed = false, progress = false;
+bool failed = false, progress = false, refuse = false;
 int running = 0, arrived = 0, order_kind = 0;
 int64_t generation = 0, serial = 0;
 
@@ -123,6 +123,7 @@ void check(bool good, const char* text) {
 }
 
 const char* last_error() { return error.c_str(); }
+void fail_next() { refuse = true; }
 void set_order(int order) { order_kind = order; }
 void* dynamic_memory() { return dynamic.data(); }
 int64_t block_serial() { return serial; }
@@ -155,6 +156,11 @@ const uint64_t* exchange(uint64_t bits) {
 
 int run(int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
   failed = false;
+  if (refuse) {
+    refuse = false;
+    error = "refused";
+    return kFailed;
+  }
   if (threads % 32 != 0 || threads < 32 || threads > kMaxThreads || blocks < 0 || blocks > INT32_MAX || dynamic_bytes > 48 * 1024) {
     error = "invalid launch";
     return kFailed;

@@ -31,6 +31,7 @@ constexpr int kFailed = 1000;
 void check(bool good, const char* text);  // ends the launch with this error
 int run(int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body);
 const char* last_error();
+void fail_next();           // the next launch fails
 void set_order(int order);  // 0: rising, 1: falling, other: shuffled with this seed
 void barrier();
 // Every lane of the warp gives 64 bits; returns those of all lanes.

@@ -17,6 +17,8 @@ namespace {
 
 void set_order(int64_t order) { emulation::set_order(int(order)); }
 
+void fail_next() { emulation::fail_next(); }
+
 // Kernels with a fault each, for the tests of the emulation itself.
 void faulty(int fault) {
   using namespace llada::cuda;
@@ -46,11 +48,13 @@ int64_t race() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llada_kernels_emulated, m) {
   m.def("set_order(int order) -> ()");
+  m.def("fail_next() -> ()");
   m.def("fault(str name) -> ()");
   m.def("race() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(llada_kernels_emulated, CompositeExplicitAutograd, m) {
   m.impl("set_order", TORCH_BOX(&set_order));
+  m.impl("fail_next", TORCH_BOX(&fail_next));
   m.impl("fault", TORCH_BOX(&fault));
   m.impl("race", TORCH_BOX(&race));
 }

@@ -86,6 +86,23 @@ def test_bad_logits_mark_their_row(value, sampling):
     assert torch.equal(seen.confidence[[0, 2]], expected.confidence[[0, 2]])
 
 
+@pytest.mark.parametrize(
+    ("op", "call"),
+    [
+        ("rms_norm", lambda: rms_norm(torch.ones(2, 8), torch.ones(8), backend="native")),
+        ("rope", lambda: rope(torch.ones(2, 1, 8), torch.ones(2, 4), torch.ones(2, 4), backend="native")),
+        ("moe_routing", lambda: moe_routing(torch.ones(2, 8), None, 2, backend="native")),
+        ("threshold_unmask", lambda: threshold_unmask(torch.ones(1, 2, 8), torch.ones(1, 2, dtype=torch.int64), 1, 0.5, backend="native")),
+    ],
+)
+def test_a_failed_launch_raises_with_the_op_and_the_text(op, call):
+    with emulated_cuda():
+        torch.ops.llada_kernels_emulated.fail_next()
+        with pytest.raises(RuntimeError, match=f"^{op}: CUDA error 1000: refused$"):
+            call()
+        call()
+
+
 def test_the_emulation_names_what_goes_wrong():
     operators = torch.ops.llada_kernels_emulated
     with emulated_cuda():

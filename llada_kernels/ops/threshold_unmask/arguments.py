@@ -131,4 +131,6 @@ def _per_row(
             raise ValueError(f"{name}: expected numbers {span}, got {v}")
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
-    return torch.tensor(given, dtype=dtype, device=device).expand(rows).contiguous()
+    if isinstance(value, int | float):
+        return torch.full((rows,), value, dtype=dtype, device=device)  # filled there: a copy to a GPU would wait for it
+    return torch.tensor(given, dtype=dtype, device=device)
