@@ -17,5 +17,5 @@ def everywhere(backends: tuple[Backend, ...], cuda_kernels: bool = True) -> pyte
     cases = [pytest.param(name, "cpu", id=name) for name in cpu_backends(backends)]
     if cuda_kernels:
         cases.append(pytest.param("native", "emulated", id="native-emulated"))
-    cases += [pytest.param(b.name, "cuda", id=f"{b.name}-cuda", marks=pytest.mark.gpu) for b in backends]
+    cases += [pytest.param(name, "cuda", id=f"{name}-cuda", marks=pytest.mark.gpu) for name in cpu_backends(backends)]
     return pytest.mark.parametrize(("backend", "device"), cases, indirect=["device"])
