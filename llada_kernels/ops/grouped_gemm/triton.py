@@ -15,13 +15,14 @@ from ..dispatch import Backend
 _WIDE = (90, 100, 103)
 
 
-def row_tile(rows: int, experts: int, inner: int, x: Tensor) -> dict[str, Any]:
+def row_tile(rows: int, experts: int, inner: int, x: Tensor, wide: bool = True) -> dict[str, Any]:
     """Tile of a product of each expert's rows with its weight: BM rows, BN columns, BK of the ``inner`` columns at a time.
 
     Few rows per expert: the weights' bytes decide, so they are the 128 rows of the tensor cores' first operand (SWAP), the tokens are
     its 16 or 64 columns, and 4 stages of 16 KiB in each of 2 or 3 programs keep more bytes in flight than the 33 KiB per
     multiprocessor that 4.3 TB/s need. Many rows: arithmetic and the L2 cache decide. Tiles of 128 x 256 read 1 byte of it per 85
-    operations, but then a multiprocessor runs one program, whose start and end nothing hides: where the sum is short, two of 128 x 128.
+    operations, but then a multiprocessor runs one program, whose start and end nothing hides: where the sum is short or not ``wide``,
+    two of 128 x 128.
     """
     mean, arch = rows / experts, _triton.capability(x.device)
     swap = mean <= 48
@@ -30,7 +31,7 @@ def row_tile(rows: int, experts: int, inner: int, x: Tensor) -> dict[str, Any]:
         return {"BM": min(small, 32), "BN": 64, "BK": 32, "SWAP": swap, "num_warps": 4, "num_stages": 2}
     if swap:
         return {"BM": small, "BN": 128, "BK": 64, "SWAP": True, "num_warps": 4, "num_stages": 4}
-    wide = inner >= 1024 and arch in _WIDE
+    wide = wide and inner >= 1024 and arch in _WIDE
     return {"BM": 128, "BN": 256 if wide else 128, "BK": 64, "SWAP": False, "num_warps": 8, "num_stages": 3}
 
 
@@ -63,12 +64,17 @@ def weight_gradient(
     from . import triton_kernels
 
     experts, m, n = out.shape
+    rows = left.shape[0] if permutation is None else permutation.shape[0]
     if out.numel():
-        # A few hundred rows are a short sum: two or more programs on a multiprocessor hide each other's start and end.
-        side, warps, stages = (64, 4, 2) if left.dtype == torch.float32 else (128, 8, 3)
-        stages += 2 * (permutation is not None)  # row numbers are loaded ahead of their rows, which are to be as early as without
-        tile = {"BM": side, "BN": side, "BK": side // 2, "num_warps": warps, "num_stages": stages}
-        triton_kernels.weight_gradient_kernel[(experts * -(-m // side) * -(-n // side),)](
+        # As row_tile: tiles of 128 x 256 where the sum over the rows is long.
+        tile = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+        if left.dtype == torch.float32:
+            tile = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+        elif rows >= 1024 * experts and _triton.capability(left.device) in _WIDE:
+            tile["BN"] = 256
+        if permutation is not None:
+            tile["num_stages"] += 2  # row numbers are loaded ahead of their rows, which are to be as early as without
+        triton_kernels.weight_gradient_kernel[(experts * -(-m // tile["BM"]) * -(-n // tile["BN"]),)](
             left, right, out, offsets, offsets if permutation is None else permutation,
             EXPERTS=experts, M=m, N=n, LEFT_TOP_K=left_top_k, RIGHT_TOP_K=right_top_k, **tile,
         )  # fmt: skip

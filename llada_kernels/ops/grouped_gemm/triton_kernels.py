@@ -55,16 +55,32 @@ def rows_kernel(
     """
     n_tiles: tl.constexpr = triton.cdiv(N, BN)
     expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // n_tiles, EXPERTS, BM)
+    n0 = tl.program_id(0) % n_tiles * BN
+    b_ptr += expert.to(tl.int64) * (N * INNER)
     if expert >= EXPERTS:
         return
+    if BM > 64:
+        if end - begin <= BM // 2:  # the last rows of an expert: half of the arithmetic will do
+            rows_tile(a_ptr, b_ptr, out_ptr, permutation_ptr, begin, end, n0, BM // 2, N, INNER, TRANSPOSED, SCATTER, SWAP, BN, BK)
+        else:
+            rows_tile(a_ptr, b_ptr, out_ptr, permutation_ptr, begin, end, n0, BM, N, INNER, TRANSPOSED, SCATTER, SWAP, BN, BK)
+    else:
+        rows_tile(a_ptr, b_ptr, out_ptr, permutation_ptr, begin, end, n0, BM, N, INNER, TRANSPOSED, SCATTER, SWAP, BN, BK)
+
+
+@triton.jit
+def rows_tile(
+    a_ptr, b_ptr, out_ptr, permutation_ptr, begin, end, n0, BM: tl.constexpr, N: tl.constexpr, INNER: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SCATTER: tl.constexpr, SWAP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The rows from begin on and the columns from n0 on of rows_kernel's product; b of their expert."""
     rows = begin + tl.arange(0, BM)
     exist = rows < end
     out_rows = tl.load(permutation_ptr + rows, exist, other=0) if SCATTER else rows
     a_rows = tl.minimum(rows, end - 1).to(tl.int64)
-    n = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
+    n = n0 + tl.arange(0, BN)
     k = tl.arange(0, BK)
     a_ptrs = a_ptr + a_rows[:, None] * INNER + k[None, :]
-    b_ptr += expert.to(tl.int64) * (N * INNER)
     b_ptrs = b_ptr + (n[:, None] + k[None, :] * N if TRANSPOSED else n[:, None] * INNER + k[None, :])
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     acc = multiply(a_ptrs, b_ptrs, n < N, BK * N if TRANSPOSED else BK, acc, INNER, BK, SWAP, N % BN == 0)

@@ -127,7 +127,7 @@ def _backward(
     experts, hidden, width = w_down.shape
     slots, top_k = permutation.shape[0], topk_weights.shape[1]
     grad_gate_up, act = x.new_empty(slots, 2 * width), x.new_empty(slots, width)
-    tile = row_tile(slots, experts, width, x)
+    tile = row_tile(slots, experts, hidden, x, wide=False)
     # Two programs of 8 warps on a multiprocessor; on 8.0, where a product's operands are in registers too, they would spill.
     registers = 128 if tile["num_warps"] == 8 and _triton.capability(x.device) >= 90 else None
     dots = topk_weights.new_empty(-(-width // tile["BN"]), slots)

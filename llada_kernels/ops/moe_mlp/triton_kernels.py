@@ -29,21 +29,43 @@ def gate_up_kernel(
 
     A tile's BN weight rows are BN / 2 gate rows and the up rows of the same features.
     """
-    features: tl.constexpr = BN // 2
-    tiles: tl.constexpr = triton.cdiv(WIDTH, features)
+    tiles: tl.constexpr = triton.cdiv(WIDTH, BN // 2)
     expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // tiles, EXPERTS, BM)
+    first = tl.program_id(0) % tiles * (BN // 2)
+    w_ptr += expert.to(tl.int64) * (2 * WIDTH * HIDDEN)
     if expert >= EXPERTS:
         return
+    if BM > 64:
+        if end - begin <= BM // 2:  # the last rows of an expert: half of the arithmetic will do
+            gate_up_tile(
+                x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM // 2, HIDDEN, WIDTH, TOP_K, KEEP, SWAP, BN, BK,
+            )  # fmt: skip
+        else:
+            gate_up_tile(
+                x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM, HIDDEN, WIDTH, TOP_K, KEEP, SWAP, BN, BK,
+            )  # fmt: skip
+    else:
+        gate_up_tile(
+            x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM, HIDDEN, WIDTH, TOP_K, KEEP, SWAP, BN, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def gate_up_tile(
+    x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, KEEP: tl.constexpr, SWAP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The rows from begin on and the features from first on of gate_up_kernel's results."""
     rows = begin + tl.arange(0, BM)
     exist = rows < end
     tokens = tl.load(permutation_ptr + rows, exist, other=0) // TOP_K
-    first = tl.program_id(0) % tiles * features
+    features: tl.constexpr = BN // 2
     n = tl.arange(0, BN)
     feature = first + n % features
     k = tl.arange(0, BK)
     x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     w_rows = feature + n // features * WIDTH
-    w_ptrs = w_ptr + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + w_rows[:, None] * HIDDEN + k[None, :]
+    w_ptrs = w_ptr + w_rows[:, None] * HIDDEN + k[None, :]
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     acc = multiply(x_ptrs, w_ptrs, feature < WIDTH, BK, acc, HIDDEN, BK, SWAP, WIDTH % features == 0)
     gate, up = halves(acc.T if SWAP else acc)
@@ -88,15 +110,41 @@ def activation_gradient_kernel(
     """
     tiles: tl.constexpr = triton.cdiv(WIDTH, BN)
     expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // tiles, EXPERTS, BM)
+    tile = tl.program_id(0) % tiles
+    w_ptr += expert.to(tl.int64) * (WIDTH * HIDDEN)
     if expert >= EXPERTS:
         return
+    if BM > 64:
+        if end - begin <= BM // 2:  # the last rows of an expert: half of the arithmetic will do
+            activation_gradient_tile(
+                grad_ptr, w_ptr, kept_ptr, weights_ptr, grad_gate_up_ptr, act_ptr, dots_ptr + tile * slots.to(tl.int64), permutation_ptr,
+                begin, end, tile * BN, BM // 2, HIDDEN, WIDTH, TOP_K, SWAP, BN, BK,
+            )  # fmt: skip
+        else:
+            activation_gradient_tile(
+                grad_ptr, w_ptr, kept_ptr, weights_ptr, grad_gate_up_ptr, act_ptr, dots_ptr + tile * slots.to(tl.int64), permutation_ptr,
+                begin, end, tile * BN, BM, HIDDEN, WIDTH, TOP_K, SWAP, BN, BK,
+            )  # fmt: skip
+    else:
+        activation_gradient_tile(
+            grad_ptr, w_ptr, kept_ptr, weights_ptr, grad_gate_up_ptr, act_ptr, dots_ptr + tile * slots.to(tl.int64), permutation_ptr,
+            begin, end, tile * BN, BM, HIDDEN, WIDTH, TOP_K, SWAP, BN, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def activation_gradient_tile(
+    grad_ptr, w_ptr, kept_ptr, weights_ptr, grad_gate_up_ptr, act_ptr, dots_ptr, permutation_ptr, begin, end, first, BM: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, SWAP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The rows from begin on and the features from first on of activation_gradient_kernel's results."""
     rows = begin + tl.arange(0, BM)
     exist = rows < end
     slot = tl.load(permutation_ptr + rows, exist, other=0)
-    columns = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    columns = first + tl.arange(0, BN)
     k = tl.arange(0, BK)
     grad_ptrs = grad_ptr + (slot // TOP_K).to(tl.int64)[:, None] * HIDDEN + k[None, :]
-    w_ptrs = w_ptr + expert.to(tl.int64) * (WIDTH * HIDDEN) + columns[:, None] + k[None, :] * WIDTH
+    w_ptrs = w_ptr + columns[:, None] + k[None, :] * WIDTH
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     acc = multiply(grad_ptrs, w_ptrs, columns < WIDTH, BK * WIDTH, acc, HIDDEN, BK, SWAP, WIDTH % BN == 0)
     if SWAP:
@@ -110,10 +158,10 @@ def activation_gradient_kernel(
         for j in tl.static_range(2):
             eighth_0, eighth_1 = halves(quarter_1 if j else quarter_0)
             for e in tl.static_range(2):
-                some = tl.program_id(0) % tiles * BN + (4 * i + 2 * j + e) * (BN // 8) + tl.arange(0, BN // 8)
+                some = first + (4 * i + 2 * j + e) * (BN // 8) + tl.arange(0, BN // 8)
                 d = eighth_1 if e else eighth_0
                 dots += swiglu_gradient(d, weights, kept_ptr, grad_gate_up_ptr, act_ptr, rows, exist, some, WIDTH)
-    tl.store(dots_ptr + tl.program_id(0) % tiles * slots.to(tl.int64) + slot, dots, exist)
+    tl.store(dots_ptr + slot, dots, exist)
 
 
 @triton.jit

@@ -67,3 +67,11 @@ def test_few_rows_keep_enough_bytes_in_flight():
     for launch in launches[:2]:
         programs = min(227 * 1024 // launch.shared, 65536 // (launch.registers * 32 * launch.num_warps))
         assert programs >= 2 and programs * launch.shared * 3 // 4 > 33 * 1024
+
+
+def test_long_sums_have_wide_tiles():
+    with cross_compiling(90) as launches:
+        run(4096, torch.bfloat16, experts=2, n=1024)
+    check_resources(launches, 90)
+    assert [launch.grid[0] for launch in launches] == [34 * 4, 34 * 4, 2 * 8 * 4]  # 32 tiles of rows and one more per group
+    assert all("m64n256k16" in launch.ptx for launch in launches[:2])
