@@ -7,12 +7,12 @@ from torch import Tensor
 
 from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
-from . import native, reference
+from . import native, reference, triton
 from .routing import Routing
 
 __all__ = ["BACKENDS", "Routing", "moe_routing"]
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
 
 
 def moe_routing(
