@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._common import check_same, check_shape, check_tensor, compute_dtype
 from ..dispatch import run
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["LMLoss", "lm_loss"]
 
@@ -59,9 +59,10 @@ def lm_loss(
         backend: use this backend or raise; by default the first that supports the call.
 
     Precision: logits, probabilities and sums in fp32 (fp64 for fp64 inputs), gradients
-        accumulated in fp32 and rounded once. Logits are not rounded to bf16; native rounds the
-        gradients of bf16 logits to bf16, as autograd does, before it multiplies them.
-    Determinism: native: bitwise, on any number of threads; reference: that of torch.matmul.
+        accumulated in fp32 and rounded once. Logits are not rounded to bf16; native and triton
+        round the gradients of bf16 logits to bf16, as autograd does, before they multiply them.
+    Determinism: native: bitwise, on any number of threads; triton: bitwise; reference: that of
+        torch.matmul.
 
     Returns:
         An LMLoss (loss, token_losses, entropy, correct).
@@ -92,4 +93,4 @@ def lm_loss(
     return LMLoss(*run("lm_loss", BACKENDS, backend, *arguments))
 
 
-BACKENDS = (native.BACKEND, reference.BACKEND)
+BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)
