@@ -123,6 +123,10 @@ def calls(quick: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], Outputs]
         targets = torch.randint(0, vocab, (tokens,), generator=generator)
         weights = (torch.rand(tokens, generator=generator) < 0.5).float()
         yield "lm_loss", dtype, both(lambda h, w, t=targets, p=weights: lm_loss(h, w, t, p, backend="native").loss, width, head / 16)
+        yield "lm_loss with entropy", dtype, both(
+            lambda h, w, t=targets, p=weights: (lambda r: r.loss + r.entropy.sum())(lm_loss(h, w, t, p, "all", backend="native")),
+            width, head / 16,
+        )  # fmt: skip
         masked = torch.full((1, BLOCK), vocab - 1)
         yield (
             "lm_head_unmask", dtype,
@@ -138,7 +142,14 @@ def calls(quick: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], Outputs]
         norm_weight = torch.ones(hidden, dtype=dtype)
         yield "rms_norm", dtype, both(lambda x, w: rms_norm(x, w, backend="native"), x, norm_weight)
         cos, sin = rope_tables(torch.arange(tokens), 32, 1e4, dtype)
+        yield "rms_norm + residual", dtype, both(
+            lambda x, w, r: torch.cat(rms_norm(x, w, 1e-6, r, backend="native")), x, norm_weight, normal(tokens, hidden)
+        )  # fmt: skip
         yield "rope", dtype, both(lambda q, c=cos, s=sin: rope(q, c, s, backend="native"), normal(tokens, 8, 64))
+        yield "rope, q and k with norms", dtype, both(
+            lambda q, k, a, b, c=cos, s=sin: torch.cat(rope(q, c, s, k, a, b, backend="native"), 1),
+            normal(tokens, 8, 64), normal(tokens, 2, 64), normal(64), normal(64),
+        )  # fmt: skip
         yield "swiglu", dtype, both(lambda x: swiglu(x, backend="native"), normal(tokens, 2 * hidden))
     scores = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1))
     yield "moe_routing", torch.float32, lambda: list(moe_routing(scores, None, 4, 8, 4, 2.5, backend="native"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import compare, report
+from bench import bench_generate, bench_train, compare, report
 from bench.__main__ import main as bench_command
 from bench.bench_repeatability import repeated
 from bench.ceilings import Ceilings
@@ -228,6 +229,21 @@ def test_routing_distributions_differ_as_stated():
     assert distinct("zipf0.5") < distinct("uniform")
     with pytest.raises(ValueError, match="kind"):
         mini_routing(32, "zipf")
+
+
+@pytest.mark.parametrize(("bench", "first", "result"), [
+    (bench_generate, "official loop", torch.zeros(32, dtype=torch.int64)), (bench_train, "official", (1.0, 1.0)),
+])  # fmt: skip
+def test_ours_is_not_compared_with_itself_where_the_official_way_fails(bench, first, result):
+    made = next(bench.cases(Settings.of(quick=True, threads=1, only="float32")))
+    assert made.variants[0].name == first, "it gives what the others are compared with"
+    assert "nothing to compare with" in made.check(result)
+
+
+def test_the_committed_page_is_what_the_committed_results_give():
+    root = Path(report.__file__).parent.parent
+    machines = {path.stem: read(path) for path in (root / "bench" / "results").glob("*.json")}
+    assert (root / "docs" / "performance.md").read_text() == report.markdown(machines), "python -m bench report writes it"
 
 
 def test_every_op_has_a_bench():

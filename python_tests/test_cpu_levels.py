@@ -99,3 +99,57 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 def test_matrix_ops(level):
     """Those that have no test of this kind of their own (attention, moe_mlp and quantised experts do)."""
     run_at(level, [sys.executable, "-c", OPS])
+
+
+OTHER_OPS = """
+import torch
+from llada_kernels.ops import moe_routing, rms_norm, rope, swiglu, threshold_unmask
+from llada_kernels.ops.rope import rope_tables
+torch.manual_seed(0)
+
+def both(call, leaves):
+    results = []
+    for backend in ("native", "reference"):
+        own = [t.clone().requires_grad_() for t in leaves]
+        out = call(backend, *own)
+        out = [out] if isinstance(out, torch.Tensor) else list(out)
+        grads = torch.autograd.grad(out, own, [torch.linspace(-1, 1, o.numel()).view(o.shape).to(o.dtype) for o in out])
+        results.append([*(o.detach() for o in out), *grads])
+    return list(zip(*results))
+
+def close(pairs, tolerance):
+    for ours, theirs in pairs:
+        scale = float(theirs.abs().max()) + 1e-30
+        torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, atol=tolerance, rtol=0)
+
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for n in (7, 31, 75, 128):  # less than a vector, a remainder, whole vectors
+        x, r, w = torch.randn(9, n).to(dtype), torch.randn(9, n).to(dtype), torch.randn(n).to(dtype)
+        close(both(lambda b, x, w: rms_norm(x, w, backend=b), (x, w)), tolerance)
+        close(both(lambda b, x, w, r: rms_norm(x, w, 1e-6, r, backend=b), (x, w, r)), tolerance)
+        close(both(lambda b, x: swiglu(x, backend=b), (torch.randn(5, 2 * n).to(dtype),)), tolerance)
+    for dim, turned in ((10, 6), (64, 32), (72, 72)):
+        q, k = torch.randn(7, 3, dim).to(dtype), torch.randn(7, 2, dim).to(dtype)
+        cos, sin = rope_tables(torch.arange(7), turned, 1e4, dtype)
+        assert all(torch.equal(*p) for p in both(lambda b, q: rope(q, cos, sin, backend=b), (q,)))  # single roundings: to the bit
+        weights = torch.rand(dim).to(dtype), torch.rand(dim).to(dtype)
+        close(both(lambda b, q, k, *w: rope(q, cos, sin, k, *w, backend=b), (q, k, *weights)), tolerance)
+    for vocab in (7, 1025, 3001):
+        logits, tokens = (torch.randn(2, 9, vocab) * 4).to(dtype), torch.randint(0, vocab, (2, 9))
+        tokens[:, 3:] = 5
+        for options in ({}, {"editing_threshold": 0.1}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3}):
+            a, b = (threshold_unmask(logits, tokens, 5, 0.4, **options, backend=backend) for backend in ("native", "reference"))
+            assert all(torch.equal(x, y) for x, y in zip(a, b)), (vocab, options)  # confidences too are fixed to the bit
+for experts, groups in ((8, 2), (60, 4), (256, 8)):
+    for score in ("sigmoid", "softmax"):
+        a, b = (moe_routing(torch.linspace(-2, 2, 33 * experts).sin().view(33, experts) * 3, None, 2, groups, 2, 2.5, score, backend=n)
+                for n in ("native", "reference"))
+        assert torch.equal(a.topk_ids, b.topk_ids) and torch.equal(a.offsets, b.offsets) and torch.equal(a.permutation, b.permutation)
+        torch.testing.assert_close(a.topk_weights, b.topk_weights, rtol=1e-5, atol=1e-7)
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_other_ops(level):
+    """Those without products of matrices: the same roundings and decisions at each level."""
+    run_at(level, [sys.executable, "-c", OTHER_OPS])

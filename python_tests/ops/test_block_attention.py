@@ -232,9 +232,9 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(q, other), block_attention(q, k, v, other, backend="reference").sin())
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "amx_emulated"])
-def test_lower_cpu_levels(level):
-    """Levels that are not chosen where a better one is, forced by environment variable in a process of their own."""
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"])
+def test_every_cpu_level(level):
+    """Also those that are not chosen where a better one is, forced by environment variable in a process of their own."""
     code = (
         "import torch\n"
         "from python_tests.ops import test_block_attention as plain, test_cached_block_attention as cached\n"

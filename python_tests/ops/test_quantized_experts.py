@@ -240,7 +240,7 @@ def test_loading_refuses_before_it_allocates(tmp_path):
 
 
 PEAK = """
-import resource, sys, threading
+import sys, threading
 import torch
 from llada_kernels import Model
 def now():
