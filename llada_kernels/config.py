@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +149,6 @@ class Config:
     def qkv_size(self) -> int:
         """Rows of the fused query, key and value projection."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-
-    def as_fields(self) -> dict[str, Any]:
-        """The canonical fields alone, without ``raw``."""
-        return {k: v for k, v in asdict(self).items() if k != "raw"}
 
 
 def read_json_object(file: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
