@@ -23,21 +23,16 @@ from .runner import add_arguments, read, write
 RESULTS = ROOT / "bench" / "results"
 
 
-def names() -> list[str]:
-    """All benches: files bench_<name>.py."""
-    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Run the benches, each in a process of its own: a crash or the memory of one does not reach the next."""
-    unknown = sorted(set(arguments.names) - set(names()))
+    unknown = sorted(set(arguments.names) - set(report.bench_names()))
     if unknown:
-        print(f"unknown bench {', '.join(unknown)}; there are {', '.join(names())}", file=sys.stderr)
+        print(f"unknown bench {', '.join(unknown)}; there are {', '.join(report.bench_names())}", file=sys.stderr)
         return 2
     failed, seconds = [], {}
     with tempfile.TemporaryDirectory() as folder:
         collected = Path(folder) / "results.json"
-        for name in arguments.names or names():
+        for name in arguments.names or report.bench_names():
             command = [sys.executable, "-m", f"bench.bench_{name}", "--json", str(collected), "--threads", str(arguments.threads)]
             command += ["--quick"] * arguments.quick + ["--only", arguments.only] * bool(arguments.only)
             command += [] if arguments.seconds is None else ["--seconds", str(arguments.seconds)]
@@ -71,7 +66,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["compare"]:
         return compare.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; none: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(report.bench_names())}; none: all")
     add_arguments(parser)
     return run(parser.parse_args(argv))
 

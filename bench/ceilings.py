@@ -37,6 +37,7 @@ class Ceilings:
         self.values = {} if values is None else values
         self._library: ctypes.CDLL | None = None
         self._data = self._size = self._place = 0
+        self._streams: dict[int, int] = {}  # per number of threads: streams of a thread with which most was read
 
     def __del__(self) -> None:
         if self._library is not None:
@@ -67,7 +68,8 @@ class Ceilings:
             return None
         part = self._size // 8
         self._place = (self._place + part) % self._size
-        return part / self._library.bench_read(self._data + self._place, part, threads, 2, ctypes.byref(ctypes.c_uint64()))
+        streams = self._streams.get(threads, 2)
+        return part / self._library.bench_read(self._data + self._place, part, threads, streams, ctypes.byref(ctypes.c_uint64()))
 
     def get(self, kind: str, threads: int) -> float | None:
         """The ceiling of ``kind`` ("read", "gemm bfloat16", "gemm float32") for a number of threads, if it was measured."""
@@ -124,6 +126,8 @@ class Ceilings:
             for streams in (1, 2, 4):
                 for _ in range(max(2, round(seconds * 15))):
                     elapsed = library.bench_read(data, size, threads, streams, ctypes.byref(total))
+                    if size / elapsed > (self.get("read", threads) or 0.0):
+                        self._streams[threads] = streams
                     self.note(f"read {threads}", size / elapsed, f"vector loop, {size >> 20} MiB, {streams} streams per thread")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def as_exact_as(exact: Sequence[Tensor], same_dtype: Sequence[Tensor], pick: Pic
     """
     scale = [max(1e-30, float(e.double().abs().max())) if e.numel() else 1.0 for e in exact]
     allowed = [factor * max_error(s, e) + 1e-5 * c for s, e, c in zip(same_dtype, exact, scale, strict=True)]
+    if not all(math.isfinite(a) for a in allowed):
+        raise ValueError("same_dtype: expected finite values close to the exact ones, got NaN or infinity")
 
     def check(result: Any) -> str | None:
         picked = list(pick(result))

@@ -12,7 +12,7 @@ from .gpu.tables import GUARDS, TABLES
 from .plots import plot
 from .runner import read
 
-__all__ = ["losses", "main", "markdown", "rewrite"]
+__all__ = ["bench_names", "losses", "main", "markdown", "rewrite"]
 
 HEAD = """# Performance
 
@@ -210,7 +210,16 @@ def lost(content: dict[str, Any]) -> str:
         for row, name, ratio in sorted(losses(bench["rows"]), key=lambda entry: entry[2]):
             what = f"{row['op']}, {row['case']}, {row['dtype']}, {row['variant']}"
             lines.append(f"- {what}: {f'{number(ratio)}x {name}' if ratio else f'no time: {name}'}")
-    return "\n".join(lines or ["Nowhere: every row of ours is at least as fast as every baseline of its run."]) + "\n"
+    lines = lines or ["Nowhere in these tables: every row of ours is at least as fast as every baseline of its run."]
+    missing = sorted(set(bench_names()) - set(content["benches"]))
+    if missing and not any(name.startswith("gpu ") for name in content["benches"]):
+        lines += ["", f"Not measured on this machine: {', '.join(missing)} (`python -m bench NAME`)."]
+    return "\n".join(lines) + "\n"
+
+
+def bench_names() -> list[str]:
+    """All benches of CPUs: files bench_<name>.py."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 
 
 def rewrite(results: Path, docs: Path) -> list[Path]:

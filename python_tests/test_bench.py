@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bench.__main__ import main as bench_command
 from bench.bench_repeatability import repeated
 from bench.ceilings import Ceilings
 from bench.checks import as_exact_as, close, equal
+from bench.environment import ROOT
 from bench.harness import Case, Settings, Stopwatch, Variant, interleave, measure, repetitions, statistics
 from bench.runner import read, write
 from bench.shapes import mini_routing
@@ -364,6 +366,19 @@ def test_quick_run_of_a_bench(tmp_path):
 def test_an_unknown_bench_is_an_error(capsys):
     assert bench_command(["nothing"]) == 2
     assert "unknown bench nothing" in capsys.readouterr().err
+
+
+def test_the_page_names_the_benches_that_a_machine_has_no_rows_of():
+    content = read(ROOT / "bench" / "results" / "amd-epyc-avx512_bf16-2-threads.json")
+    content["benches"].pop("train")
+    page = report.markdown({"cpu": content})
+    assert re.search(r"Not measured on this machine: .*\btrain\b", page)
+    assert not re.search(r"Not measured on this machine: .*\bmoe_mlp\b", page)
+
+
+def test_a_baseline_that_is_not_finite_allows_nothing():
+    with pytest.raises(ValueError, match="same_dtype: expected finite values"):
+        as_exact_as([torch.ones(2)], [torch.tensor([1.0, torch.nan])])
 
 
 def test_a_gpu_part_shows_what_was_measured_and_lists_the_rest():
