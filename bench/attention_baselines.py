@@ -16,7 +16,9 @@ __all__ = ["additive", "exact_rows", "flex", "sdpa", "sdpa_per_document", "with_
 
 def additive(mask: DiffusionMask, dtype: torch.dtype) -> Tensor:
     """[1, 1, Tq, Tk], 0 where visible and -inf elsewhere: the mask of the official code, built once per batch."""
-    return torch.zeros(mask.num_queries, mask.num_keys, dtype=dtype).masked_fill_(~mask.dense(), float("-inf"))[None, None]
+    return torch.zeros(mask.num_queries, mask.num_keys, dtype=dtype, device=mask.device).masked_fill_(~mask.dense(), float("-inf"))[
+        None, None
+    ]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, repeat: bool = True) -> Tensor:

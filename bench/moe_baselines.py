@@ -37,7 +37,7 @@ def grouped_mm_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tenso
     offsets = routing.offsets[1:]
     gate, up = F.grouped_mm(x[slots // top_k], w_gate_up.mT, offs=offsets).chunk(2, -1)
     rows = F.grouped_mm(silu(gate) * up, w_down.mT, offs=offsets)
-    place = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots)))
+    place = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
     weighted = rows[place].view(len(x), top_k, -1).float() * routing.topk_weights.unsqueeze(-1)
     return weighted.sum(1).to(x.dtype)
 
@@ -55,7 +55,7 @@ def exact_tokens(x: Tensor, routing: Routing, w_gate_up: Weights, w_down: Weight
     width = w_down.shape[2]
     out = []
     for t in tokens.tolist():
-        total = torch.zeros(x.shape[1], dtype=torch.promote_types(dtype, torch.float32))
+        total = torch.zeros(x.shape[1], dtype=torch.promote_types(dtype, torch.float32), device=x.device)
         for e, weight in zip(routing.topk_ids[t].tolist(), routing.topk_weights[t].unbind(0), strict=True):
             gate_up = w_gate_up[e].to(dtype) @ x[t].to(dtype)
             row = w_down[e].to(dtype) @ (silu(gate_up[:width]) * gate_up[width:])

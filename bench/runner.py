@@ -73,10 +73,12 @@ def measure_cases(
     show: Callable[[str], None] = print,
     stopwatch: Stopwatch | None = None,
     seconds: float = float("inf"),
+    rows: list[dict[str, Any]] | None = None,
 ) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of all cases, and whether there was time for all: after ``seconds`` no further case begins."""
+    """The rows of all cases, and whether there was time for all: after ``seconds`` no further case begins. They are added to ``rows``, if
+    given, as they come."""
     begin = time.perf_counter()
-    rows: list[dict[str, Any]] = []
+    rows = [] if rows is None else rows
     for case in cases:
         torch.manual_seed(0)
         measured = measure(case, settings, ceilings, stopwatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from .cuda_emulation import emulated_cuda
 
 GOLDEN = Path(__file__).parent / "golden"
+sys.path.append(str(Path(__file__).parent / "stand_ins"))  # last: for what is not installed
 
 
 @pytest.fixture(autouse=True)

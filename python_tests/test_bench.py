@@ -14,14 +14,20 @@ import torch
 
 from bench import bench_generate, bench_train, compare, report
 from bench.__main__ import main as bench_command
+from bench.attention_baselines import additive
 from bench.bench_repeatability import repeated
 from bench.ceilings import Ceilings
 from bench.checks import as_exact_as, close, equal
 from bench.environment import ROOT
+from bench.gpu import tables
+from bench.gpu.__main__ import main as gpu_main
 from bench.harness import Case, Settings, Stopwatch, Variant, interleave, measure, repetitions, statistics
+from bench.moe_baselines import grouped_mm_mlp
 from bench.runner import read, write
 from bench.shapes import mini_routing
 from llada_kernels.info import all_ops
+from llada_kernels.masks import DiffusionMask
+from llada_kernels.ops import Routing
 
 CEILINGS = Ceilings({"read 1": {"value": 1e9, "how": ""}, "gemm float32 1": {"value": 4e9, "how": ""}})
 
@@ -407,3 +413,24 @@ def test_a_gpu_part_shows_what_was_measured_and_lists_the_rest():
     assert "| T2 | bench |" in unmeasured and "| E | model |" in unmeasured
     assert "| T1 |" not in unmeasured and "| guards |" not in unmeasured
     assert "| guards | bench |" in report.markdown({})
+
+
+def test_a_broken_table_takes_no_other_with_it(tmp_path, monkeypatch):
+    def broken(settings):
+        yield from tables.TABLES["C"].cases(settings)
+        raise RuntimeError("no room")
+
+    monkeypatch.setitem(tables.TABLES, "A", tables.Table("Breaks.", broken))
+    status = gpu_main(["tables", "A", "C", "--json", str(tmp_path / "out.json"), "--dry-run"])
+    benches = read(tmp_path / "out.json")["benches"]
+    assert status == 1 and benches["gpu A"]["environment"]["ended"] == "RuntimeError: no room" and benches["gpu A"]["rows"]
+    assert "ended" not in benches["gpu C"]["environment"] and benches["gpu C"]["rows"]
+
+
+def test_baselines_make_what_they_need_where_their_inputs_lie():
+    """On the meta device, which like a GPU takes nothing from a CPU."""
+    mask = DiffusionMask.block_diffusion([0, 40], 8).to("meta")
+    assert additive(mask, torch.bfloat16).device.type == "meta"
+    routing = Routing(*(x.to("meta") for x in mini_routing(6, "uniform", experts=8, top_k=2)))
+    x, gate_up, down = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((6, 16), (8, 16, 16), (8, 16, 8)))
+    assert grouped_mm_mlp(x, routing, gate_up, down).device.type == "meta"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def tables(names: list[str], path: Path, budget: float, settings: Settings) -> int:
-    """Measure tables one after the other until the time is up; 1 if values of ours were wrong."""
+    """Measure tables one after the other, each in its share of the time that is left; 1 if values of ours were wrong or a table broke."""
     unknown = sorted(set(names) - set(TABLES))
     if unknown:
         raise SystemExit(f"unknown table {', '.join(unknown)}; there are {', '.join(TABLES)}")
@@ -45,11 +46,18 @@ def tables(names: list[str], path: Path, budget: float, settings: Settings) -> i
     ceilings = DeviceCeilings(settings)
     stopwatch = None if settings.quick else DeviceStopwatch()
     wrong = 0
-    for name in names or [n for n, table in TABLES.items() if table.part == "bench"]:
-        left = budget - (time.monotonic() - begin)
-        rows, ended = measure_cases(TABLES[name].cases(settings), settings, ceilings, stopwatch=stopwatch, seconds=left)
+    chosen = names or [n for n, table in TABLES.items() if table.part == "bench"]
+    for number, name in enumerate(chosen):
+        share = (budget - (time.monotonic() - begin)) / (len(chosen) - number)  # the first table's baselines alone could take it all
+        rows: list[dict[str, Any]] = []
+        try:
+            ended = measure_cases(TABLES[name].cases(settings), settings, ceilings, rows=rows, stopwatch=stopwatch, seconds=share)[1]
+        except Exception as error:  # making a case broke: its table ends here, the others are measured
+            traceback.print_exc()
+            note, wrong = {"ended": f"{type(error).__name__}: {error}".splitlines()[0][:300]}, wrong + 1
+        else:
+            note = {} if ended else {"ended": f"after {share:.0f} s: cases that follow were not run"}
         wrong += sum(row["role"] == "ours" and row["status"] in ("failed", "error") for row in rows)
-        note = {} if ended else {"ended": f"after {budget:.0f} s: cases that follow were not run"}
         facts = {**environment(settings.threads, settings.quick), "load_at_end": 0.0, **note}
         entry = {"about": TABLES[name].about, "environment": facts, "ceilings": ceilings.values, "rows": rows}
         write(path, {f"gpu {name}": entry})

@@ -123,11 +123,12 @@ def _capturable(settings: Settings) -> tuple[bool | None, str]:
 
 
 def _replay(call: Callable[[], Any], expected: Any) -> str | None:
-    graph = torch.cuda.CUDAGraph()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             out = call()
     except Exception as error:
+        torch.cuda.set_stream(before)  # a capture that fails stays on its own
         torch.cuda.synchronize()
         return f"{type(error).__name__}: {error}".splitlines()[0][:160]
     graph.replay()

@@ -58,15 +58,16 @@ class DeviceStopwatch(Stopwatch):
 
     def _capture(self, run: Callable[[], Any]) -> None:
         graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, before = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(before)
         try:
             with torch.cuda.stream(side):
                 run()  # warm up on a stream that is not the default one, as the capture
-            torch.cuda.current_stream().wait_stream(side)
+            before.wait_stream(side)
             with torch.cuda.graph(graph):
                 run()
         except Exception:  # whatever the call did that a graph cannot hold: it is timed without one
+            torch.cuda.set_stream(before)  # a capture that fails stays on its own
             torch.cuda.synchronize()
             return
         self.graphs[id(run)] = run, graph  # with the call, so that its identity stays its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import shutil
@@ -27,9 +28,12 @@ def load() -> Any:
     configure = ["cmake", "-S", str(HERE), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={Path(torch.__file__).parent}"]
     if not (BUILD / "CMakeCache.txt").exists() and shutil.which("ninja", path=path):
         configure += ["-G", "Ninja"]
-    for command in (configure, ["cmake", "--build", str(BUILD), "-j", "2"]):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        for command in (configure, ["cmake", "--build", str(BUILD), "-j", "2"]):
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     torch.ops.load_library(str(BUILD / "_emulated.so"))
     return torch.ops.llada_kernels_emulated
 

@@ -51,11 +51,11 @@ class Case:
         for (k, v), n in zip(self.context, self.query_lens, strict=True):
             new = slice(begin, begin + n)
             keys, values = torch.cat([k, self.k[new]]), torch.cat([v, self.v[new]])
-            visible = torch.ones(n, len(keys), dtype=torch.bool)
+            visible = torch.ones(n, len(keys), dtype=torch.bool)  # filled in on a CPU, one by one
             for i in range(n):
                 for j in range(n):
                     visible[i, len(k) + j] = j // self.block_size <= i // self.block_size
-            parts.append(attend(self.q[new].to(dtype), keys.to(dtype), values.to(dtype), visible))
+            parts.append(attend(self.q[new].to(dtype), keys.to(dtype), values.to(dtype), visible.to(keys.device)))
             begin += n
         return torch.cat(parts) if parts else torch.empty_like(self.q, dtype=dtype)
 
