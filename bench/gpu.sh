@@ -44,7 +44,8 @@ build() {
   if [ ${#DRY[@]} -gt 0 ]; then # the CUDA build is a step of CI of its own: here what is built already serves
     step build 460 "$PYTHON" -c "from llada_kernels import _library; assert _library.load_error is None, _library.load_error"
   else
-    step build 460 env LLADA_KERNELS_CUDA=on "$PYTHON" setup.py build_ext --inplace
+    # A compiler of another version may warn of something: here that is no reason to measure nothing.
+    step build 460 env LLADA_KERNELS_CUDA=on CMAKE_ARGS="${CMAKE_ARGS:-} -DLLADA_KERNELS_WERROR=OFF" "$PYTHON" setup.py build_ext --inplace
   fi
   step info 60 "$PYTHON" -m llada_kernels.info --json
   cp "$OUT/info.log" "$OUT/info.json"
