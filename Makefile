@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+export CMAKE_ARGS := -DLLADA_KERNELS_WERROR=ON $(CMAKE_ARGS)
 CLANG_FORMAT_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: demo test bench lint install aarch64 cuda gpu-dry-run clean
@@ -38,7 +39,7 @@ lint: install
 
 # The CPU kernels must also build for 64-bit Arm. Needs aarch64-linux-gnu-g++.
 aarch64:
-	cmake -S . -B build/aarch64 -DLLADA_KERNELS_KERNELS_ONLY=ON -DCMAKE_SYSTEM_NAME=Linux \
+	cmake -S . -B build/aarch64 -DLLADA_KERNELS_KERNELS_ONLY=ON $(CMAKE_ARGS) -DCMAKE_SYSTEM_NAME=Linux \
 	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/aarch64 -j 2
 
@@ -47,7 +48,7 @@ aarch64:
 CUDA_OPS := threshold_unmask moe_routing rms_norm rope
 cuda: install
 	rm -rf build/cuda
-	LLADA_KERNELS_CUDA=on LLADA_KERNELS_BUILD_DIR=$(CURDIR)/build/cmake-cuda CMAKE_ARGS=-DLLADA_KERNELS_FAIL_ON_SPILLS=ON \
+	LLADA_KERNELS_CUDA=on LLADA_KERNELS_BUILD_DIR=$(CURDIR)/build/cmake-cuda CMAKE_ARGS="$(CMAKE_ARGS) -DLLADA_KERNELS_FAIL_ON_SPILLS=ON" \
 	  $(abspath $(BIN))/python setup.py -q build --build-lib build/cuda
 	cp -r python_tests pyproject.toml build/cuda
 	cd build/cuda && $(abspath $(BIN))/python -m llada_kernels.info | grep "CUDA kernels for sm_80, sm_90a, compute_90: moe_routing"

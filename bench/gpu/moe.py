@@ -60,7 +60,7 @@ def decode_case(name: str, tokens: int, kind: str, plain: tuple[Tensor, Tensor],
     experts, hidden, width = plain[1].shape[0], plain[1].shape[1], plain[1].shape[2]
     x = normal(settings.device, settings.dtype, tokens, hidden, seed=3)
     top_k = min(MINI["K"], experts // 2)
-    # Other experts at each call: even 69 of them are 7 times the L2 cache, but nothing should be found there.
+    # Other experts at each call (a captured graph keeps to the first ones; the L2 cache is overwritten between its replays).
     routings = [on(mini_routing(tokens, kind, seed, experts, top_k), settings.device) for seed in range(4)]
     first = routings[0]
     sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:16].to(settings.device)
