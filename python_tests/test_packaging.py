@@ -62,7 +62,7 @@ def test_a_wheel_from_the_sdist_runs_outside_the_source_tree(installed):
     assert Path(where).is_relative_to(installed)
     facts = run_python("import sys; from llada_kernels.info import main; sys.exit(main(['--json']))", installed)
     ops = json.loads(facts.stdout)["ops"]
-    assert len(ops) >= 10 and all(backends == ["native", "reference"] for backends in ops.values())
+    assert len(ops) >= 10 and all(backends == ["native", "triton", "reference"] for backends in ops.values())
 
 
 def test_the_installed_package_holds_every_module(installed):
@@ -117,7 +117,7 @@ def test_info_of_this_installation():
     facts = json.loads(result.stdout)
     assert facts["backends"]["native"] == "loaded"
     assert facts["cpu_level"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
-    assert facts["ops"]["block_attention"] == ["native", "reference"]
+    assert facts["ops"]["block_attention"] == ["native", "triton", "reference"]
 
 
 @pytest.fixture

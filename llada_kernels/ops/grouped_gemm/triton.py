@@ -51,6 +51,8 @@ def multiply_rows(
     if out.numel():
         # Transposed and wide, Triton 3.6 spills 296 bytes where the rest of an expert takes half a tile; 3.7 has 255 registers and none.
         tile = row_tile(rows, experts, inner, a, wide=not transposed)
+        if transposed and tile["SWAP"] and tile["BM"] == 64:  # 4 warps spill 624 bytes with Triton 3.9
+            tile["num_warps"] = 8
         triton_kernels.rows_kernel[row_grid(rows, experts, columns, tile)](
             a, b, out, offsets, offsets if permutation is None else permutation,
             EXPERTS=experts, N=columns, INNER=inner, TRANSPOSED=transposed, SCATTER=permutation is not None, **tile,

@@ -25,7 +25,7 @@ def _supports(hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor,
 def _tile(hidden: Tensor, reduced: bool) -> dict[str, int]:
     """Tile of a product, 96 KiB of shared memory at most. Before 9.0 a forward's sums (``reduced``) leave no registers for 128 columns."""
     if hidden.dtype == torch.float32:  # no tensor cores: exact products only
-        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
     columns = 64 if reduced and _triton.capability(hidden.device) < 90 else 128
     return {"BM": 128, "BN": columns, "BK": 64, "num_warps": 8, "num_stages": 3}
 
