@@ -157,8 +157,8 @@ class _Rule:
 
     @property
     def takes_hidden(self) -> bool:
-        """Logits only."""
-        return False
+        """Greedy choices need no logits; drawing does."""
+        return self.temperature == 0.0
 
     def bind(self: RuleT, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> RuleT:
         """The rule with these ids."""
@@ -255,11 +255,6 @@ class LLaDA20(_Rule):
         )
         return replace(self, mask_id=mask_id, eos_id=eos_id, steps=min(self.steps, gen_length // self.minimal_topk))
 
-    @property
-    def takes_hidden(self) -> bool:
-        """Greedy choices need no logits; drawing does."""
-        return self.temperature == 0.0
-
     def max_steps(self, block_length: int) -> int:
         """Each of the first steps unmasks at least one position, and the schedule sums to block_length."""
         return min(self.steps, block_length)
@@ -308,11 +303,6 @@ class LLaDA21(_Rule):
         _check(self.max_post_steps >= 0, "max_post_steps", "at least 0", self.max_post_steps)
         _check(self.num_to_transfer >= 1, "num_to_transfer", "at least 1", self.num_to_transfer)
 
-    @property
-    def takes_hidden(self) -> bool:
-        """Greedy choices need no logits; drawing does."""
-        return self.temperature == 0.0
-
     def max_steps(self, block_length: int) -> int:
         """Until the last mask is gone, and after."""
         return -(-block_length // self.num_to_transfer) + self.max_post_steps
@@ -350,6 +340,11 @@ class LowConfidence(_Rule):
     num_blocks: int = 1
 
     whole_window: ClassVar[bool] = True
+
+    @property
+    def takes_hidden(self) -> bool:
+        """Guidance and the other ways of remasking read whole logits."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()
