@@ -5,8 +5,10 @@
 #
 # build   compiles the extension with CUDA, in place, with what is installed: no build isolation, nothing is fetched
 # test    the whole test suite on the device; compute-sanitizer memcheck and racecheck on small cases
-# bench   guards (syncs, recompilations, repeatability, CUDA graphs); tables T1, T2, T4, T5, T7, A, B, C and S, a share of 5 minutes each,
-#         their most wanted cases first. TABLES="T1 T2" measures these at length; results of several calls add up in one FOLDER
+# bench   guards (syncs, recompilations, repeatability, CUDA graphs); tables T1 to T5, T7, A, B, C and S, a share of 5 minutes each, their
+#         most wanted cases first. TABLES="T1 T2" measures these at length; results of several calls add up in one FOLDER. Beside PyTorch's
+#         own ways stand those kernels of other projects that are installed (bench/gpu/others.py); WITHOUT="vllm deep_gemm" leaves these
+#         out, such as one that breaks the device for all that follow
 # model   forward, generation and training step of the mini geometry, random weights
 #
 # Each part takes less than 8 minutes, writes its log and JSON files under FOLDER (default: gpu-results) and stands for itself: a part
@@ -89,9 +91,13 @@ run_tests() {
 }
 
 bench() {
+  local module without=()
+  for module in ${WITHOUT:-}; do
+    without+=(--without "$module")
+  done
   step guards 130 "$PYTHON" -m bench.gpu guards --json "$JSON" "${DRY[@]}"
   # shellcheck disable=SC2086 # several names
-  step tables 345 "$PYTHON" -m bench.gpu tables ${TABLES:-} --json "$JSON" --budget "${BUDGET:-300}" "${DRY[@]}"
+  step tables 345 "$PYTHON" -m bench.gpu tables ${TABLES:-} --json "$JSON" --budget "${BUDGET:-300}" "${without[@]}" "${DRY[@]}"
 }
 
 model() {

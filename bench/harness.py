@@ -34,6 +34,7 @@ class Settings:
         once: a first, checked call that took longer than this many seconds is the variant's one sample (n=1); one that took more than
             half as long is a sample too, and there is one more (n=2).
         device, dtype: what benches of a GPU make their inputs on and in; the others name their own.
+        without: modules of other projects that are not to be tried though they are installed.
     """
 
     quick: bool = False
@@ -45,6 +46,7 @@ class Settings:
     once: float = 10.0
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.bfloat16
+    without: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, quick: bool, threads: int, only: str = "", seconds: float | None = None) -> Settings:
@@ -207,7 +209,8 @@ def backends(module: Any, call: Callable[[str], Any]) -> list[Variant]:
 def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopwatch | None = None) -> list[dict[str, Any]]:
     """Check and time the variants of a case; one row per variant, in the case's order.
 
-    A variant whose values are wrong, which raises, or which does not support the case has a row that says so, and no time.
+    A variant whose values are wrong, which raises (at whichever call), or which does not support the case has a row that says so, and no
+    time; the others keep theirs.
     """
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
     rows: list[dict[str, Any]] = []
@@ -227,15 +230,25 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
             state.samples.append(state.first)
             counts.append(0 if state.first > settings.once else 1)
         else:
-            estimate = state.first if state.first > 0.5 else _seconds_of_call(state, stopwatch)
+            try:
+                estimate = state.first if state.first > 0.5 else _seconds_of_call(state, stopwatch)
+            except Exception as error:
+                _note(state.row, error)
+                estimate = state.first
             counts.append(repetitions(estimate * state.calls, settings))
     collecting = gc.isenabled()
     gc.disable()
     try:
         for index in interleave(counts):
             state = running[index]
+            if state.row["status"] != "ok":
+                continue
             read = None if settings.device.type != "cpu" else ceilings.read_now(state.row["threads"], case.bytes)
-            state.samples.append(_seconds_of_call(state, stopwatch))
+            try:
+                state.samples.append(_seconds_of_call(state, stopwatch))
+            except Exception as error:
+                _note(state.row, error)
+                continue
             if read is not None and state.variant.role != "yardstick":
                 state.reads.append(read)
     finally:
@@ -243,7 +256,8 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
             gc.enable()
         torch.set_num_threads(settings.threads)
     for state in running:
-        _finish(state, case, ceilings)
+        if state.row["status"] == "ok":
+            _finish(state, case, ceilings)
     _ratios(rows)
     return rows
 
@@ -265,15 +279,21 @@ def _first_call(case: Case, variant: Variant, row: dict[str, Any], stopwatch: St
         result = variant.run()
         elapsed = stopwatch.clock() - begin
         problem = None if variant.role == "yardstick" else case.check(result)
-    except Exception as error:  # a bench goes on without the variant, and its row says why
-        row["status"] = "unsupported" if "does not support this call" in str(error) else "error"
-        row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        if problem is not None:
+            row["status"], row["reason"] = "failed", problem
+            return None
+        del result
+        return stopwatch.settle(variant, elapsed)
+    except Exception as error:
+        _note(row, error)
         return None
-    if problem is not None:
-        row["status"], row["reason"] = "failed", problem
-        return None
-    del result
-    return stopwatch.settle(variant, elapsed)
+
+
+def _note(row: dict[str, Any], error: Exception) -> None:
+    """A bench goes on without the variant, and its row says why; that a baseline cannot run here is no error of ours."""
+    failed = "error" if row["role"] == "ours" else "not run"
+    row["status"] = "unsupported" if "does not support this call" in str(error) else failed
+    row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _seconds_of_call(state: _Running, stopwatch: Stopwatch) -> float:
@@ -297,7 +317,10 @@ def _finish(state: _Running, case: Case, ceilings: Ceilings) -> None:
     row["arithmetic"] = case.arithmetic
     set_floor(row, ceilings)
     if variant.extra is not None:
-        row["extra"] = variant.extra()
+        try:
+            row["extra"] = variant.extra()
+        except Exception as error:  # the time stands
+            row["reason"] = f"further facts: {type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def set_floor(row: dict[str, Any], ceilings: Ceilings) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from .gpu.others import PACKAGES
 from .gpu.tables import GUARDS, TABLES
 from .plots import plot
 from .runner import read
@@ -25,8 +26,8 @@ exist, positions with weight; bytes that must be read or written at least once. 
 needs for that work over the time taken. The least time comes from the read bandwidth and the matrix-product rate measured in the same
 run, whichever takes longer (mem: bandwidth, GEMM: arithmetic); work far beyond the caches is compared with the bandwidth measured beside
 each repetition, which on a virtual machine may double from one second to the next. The other columns are baselines in the same run: their
-time, and how many times longer they took than ours. A variant whose values did not pass the check has no time. "(rate)" marks a yardstick
-that does other work: there our rate is divided by its rate.
+time, and how many times longer they took than ours. A variant whose values did not pass the check has no time, nor one that could not run
+on that machine; the reason stands below the table. "(rate)" marks a yardstick that does other work: there our rate is divided by its rate.
 """
 
 SCALES = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "us", 1e6))
@@ -70,8 +71,12 @@ def unmeasured(machines: dict[str, dict[str, Any]]) -> list[str]:
     if not missing:
         return []
     head = "`bench/gpu.sh PART FOLDER` on a machine with a GPU writes FOLDER/results.json; in `bench/results` it becomes part of this page."
+    beside = (
+        "Beside PyTorch's own ways (SDPA with a dense mask, cuDNN, FlexAttention, F.grouped_mm, ...) and the reference, where it fits in "
+        f"memory and time, stand those of other projects that are installed there: {', '.join(PACKAGES)}."
+    )
     lines = ["| table | part | what it shows |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in missing)]
-    return ["## GPU: not measured yet\n", f"{head}\n", "\n".join(lines) + "\n"]
+    return ["## GPU: not measured yet\n", f"{head}\n", f"{beside}\n", "\n".join(lines) + "\n"]
 
 
 def guards(bench: dict[str, Any]) -> list[str]:
@@ -97,14 +102,15 @@ def provenance(content: dict[str, Any]) -> str:
             lambda e: f"{e['cores']} cores, {e['memory_gib']} GiB, last-level cache {e['last_level_cache_mib']} MiB, {e['platform']}",
         ),
         ("versions", lambda e: f"llada_kernels {e['llada_kernels']}, torch {e['torch']}, Python {e['python']}"),
+        ("beside them", lambda e: ", ".join(f"{k} {v}" for k, v in sorted(e.get("others", {}).items()))),
         ("kind of run", lambda e: "QUICK: small shapes, no claims" if e["quick"] else "full"),
     )
     for what, of in facts:
         values: dict[str, list[str]] = {}
         for name, e in environments.items():
             values.setdefault(of(e), []).append(name)
-        shown = [v if len(values) == 1 else f"{v} ({', '.join(names)})" for v, names in values.items()]
-        lines.append(f"- {what}: {'; '.join(shown)}")
+        shown = [v if len(values) == 1 else f"{v} ({', '.join(names)})" for v, names in values.items() if v]
+        lines += [f"- {what}: {'; '.join(shown)}"] * bool(shown)
     busy = [name for name, e in environments.items() if e["load_at_start"] > e["cores"] + 0.5]
     if busy:
         lines.append(f"- other programs were running at the start of: {', '.join(busy)}")
@@ -163,7 +169,7 @@ def own_cells(row: dict[str, Any], memory: bool) -> list[str]:
         shown = ", ".join(filter(None, [f"{number(row['tokens_per_second'])} tokens/s", shown]))
     bound = {"bandwidth": "mem", "arithmetic": "GEMM"}.get(row.get("bound", ""), "")
     percent = f"{row['percent_of_ceiling']:.0f} % {bound}" if "percent_of_ceiling" in row else ""
-    return [time + peak(row, memory), shown, percent]
+    return [time + peak(row, memory) + bits(row), shown, percent]
 
 
 def other_cell(row: dict[str, Any], other: dict[str, Any], memory: bool) -> str:
@@ -171,7 +177,7 @@ def other_cell(row: dict[str, Any], other: dict[str, Any], memory: bool) -> str:
         return str(other["status"])
     time = duration(other["seconds"]["median"]) + once(other)
     ratio = row.get("ratios", {}).get(other["variant"])
-    return time + ("" if ratio is None else f", {number(ratio)}x") + peak(other, memory)
+    return time + ("" if ratio is None else f", {number(ratio)}x") + peak(other, memory) + bits(other)
 
 
 def once(row: dict[str, Any]) -> str:
@@ -182,6 +188,14 @@ def once(row: dict[str, Any]) -> str:
 def peak(row: dict[str, Any], memory: bool) -> str:
     size = row.get("extra", {}).get("peak_bytes")
     return f", peak {size / 2**20:.0f} MiB" if memory and size is not None else ""
+
+
+def bits(row: dict[str, Any]) -> str:
+    """Whether repeated runs agreed, where that was looked at."""
+    extra = row.get("extra", {})
+    if "different_runs" not in extra:
+        return ""
+    return f", {extra['different_runs']} of {extra['runs']} runs differ" if extra["different_runs"] else f", {extra['runs']} equal runs"
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,10 +1,10 @@
 """``python -m bench.gpu``: the parts of bench/gpu.sh that are Python.
 
-    python -m bench.gpu tables [ID ...] --json FILE [--budget S] [--only TEXT] [--dry-run]   measure tables, all but E without names
+    python -m bench.gpu tables [ID ...] --json FILE [--budget S] [--only TEXT] [--without MODULE ...] [--dry-run]   measure tables
     python -m bench.gpu guards --json FILE [--dry-run]                                      syncs, recompilations, bits, graphs
     python -m bench.gpu once [--dry-run]                                                    every op once (for compute-sanitizer)
 
-Results are added to FILE as they come: what was measured stays when the rest fails.
+Without names of tables all but E are measured. Results are added to FILE as they come: what was measured stays when the rest fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from ..environment import environment
 from ..harness import Settings
 from ..runner import measure_cases, read, write
-from . import guards
+from . import guards, others
 from .ceilings import DeviceCeilings
 from .operations import operations
 from .stopwatch import DeviceStopwatch
@@ -30,11 +30,12 @@ from .tables import GUARDS, TABLES
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """On a GPU bf16; in a dry run on a CPU tiny shapes in fp32, as Triton's interpreter gets bf16 wrong."""
+    without = tuple(arguments.without)
     if arguments.dry_run:
-        return Settings(True, 1, arguments.only, 0.0, 1, 1, device=torch.device("cpu"), dtype=torch.float32)
+        return Settings(True, 1, arguments.only, 0.0, 1, 1, device=torch.device("cpu"), dtype=torch.float32, without=without)
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: expected a GPU, or --dry-run")
-    return Settings(False, 1, arguments.only, 0.2, 20, 50, device=torch.device("cuda"), dtype=torch.bfloat16)
+    return Settings(False, 1, arguments.only, 0.2, 20, 50, device=torch.device("cuda"), dtype=torch.bfloat16, without=without)
 
 
 def tables(names: list[str], path: Path, budget: float, settings: Settings) -> int:
@@ -58,7 +59,7 @@ def tables(names: list[str], path: Path, budget: float, settings: Settings) -> i
         else:
             note = {} if ended else {"ended": f"after {share:.0f} s: cases that follow were not run"}
         wrong += sum(row["role"] == "ours" and row["status"] in ("failed", "error") for row in rows)
-        facts = {**environment(settings.threads, settings.quick), "load_at_end": 0.0, **note}
+        facts = {**environment(settings.threads, settings.quick), "load_at_end": 0.0, "others": others.versions(rows), **note}
         entry = {"about": TABLES[name].about, "environment": facts, "ceilings": ceilings.values, "rows": rows}
         write(path, {f"gpu {name}": entry})
     return int(bool(wrong))
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--budget", type=float, default=420.0, metavar="S", help="seconds after which no new case begins")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    known = ", ".join(others.PACKAGES.values())
+    parser.add_argument("--without", action="append", default=[], metavar="MODULE", help=f"do not try this package (of {known})")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: do the scripts work?")
     arguments = parser.parse_args(argv)
     settings = settings_of(arguments)

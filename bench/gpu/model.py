@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llada_kernels import Config, DiffusionMask, Model
+from llada_kernels import Config, DiffusionMask, Model, use_backend
 from llada_kernels.generation import generate
 from llada_kernels.training.data import Batch
 from llada_kernels.training.objectives import Objective, loss_terms, prepare
@@ -87,7 +87,13 @@ def forward(name: str, model: Model, tokens: int, settings: Settings) -> Case:
         with torch.no_grad():
             return (model(ids, mask=mask, logits_to_keep=last).logits,)
 
+    def reference() -> tuple[Tensor]:
+        with use_backend("reference"):
+            return run()
+
     variants = [Variant("ours", run, "ours", extra=lambda: {"tokens": tokens, **peak(run, settings)})]
+    # Of this case alone: 128 forwards of a generation would take it most of the table's time, the scores of a training batch the memory.
+    variants.append(Variant("reference", reference, extra=lambda: peak(reference, settings)))
     return Case("E model", name, settings.dtype, {"tokens": tokens}, variants, finite, None, None)
 
 

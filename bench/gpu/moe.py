@@ -18,6 +18,7 @@ from ..checks import as_exact_as
 from ..harness import Case, Settings, Variant
 from ..moe_baselines import exact_expert_gradients, exact_tokens, grouped_mm_mlp, official_loop
 from ..shapes import MINI, ROUTINGS, mini_routing
+from . import others
 from .inputs import normal
 
 __all__ = ["decode", "grouped", "training"]
@@ -25,6 +26,8 @@ __all__ = ["decode", "grouped", "training"]
 Call = Callable[[Tensor, Routing, Any, Any], Tensor]
 #: Relative error (Frobenius) that quantised weights and activations may add.
 FP8_ERROR = 0.08
+#: The reference of a training layer weighs its rows in fp32, several tensors of T K H alive at a time: 2 GiB each at most.
+REFERENCE_ROWS = 1 << 29
 
 
 def weights(experts: int, width: int, hidden: int, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -91,6 +94,8 @@ def decode_case(name: str, tokens: int, kind: str, plain: tuple[Tensor, Tensor],
         variants.append(Variant("F.grouped_mm", way(grouped_mm_mlp), capture=True))
         if tokens == 32 or settings.quick:
             variants.append(Variant("official per-expert loop", way(official_loop)))
+        variants += others.some(others.vllm_experts(way, settings))
+    variants.append(Variant("reference", way(lambda *a: moe_mlp(*a, backend="reference"))))
     rows = first.offsets.diff().cpu()
     distinct = int((rows > 0).sum())
     if quantised:
@@ -126,13 +131,13 @@ def training_case(
     backward = kind != "forward"
     expert = int(routing.offsets.diff().argmax())
 
-    def way(call: Call) -> Callable[[], Any]:
+    def way(call: Call, used: tuple[Tensor, Tensor] = pair) -> Callable[[], Any]:
         def forward() -> Tensor:
             with torch.no_grad():
-                return call(x, routing, *pair)
+                return call(x, routing, *used)
 
         def both() -> tuple[Tensor, ...]:
-            leaves = [t.detach().requires_grad_() for t in (x, *pair, routing.topk_weights)]
+            leaves = [t.detach().requires_grad_() for t in (x, *used, routing.topk_weights)]
             out = call(leaves[0], routing._replace(topk_weights=leaves[3]), leaves[1], leaves[2])
             return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
@@ -155,6 +160,9 @@ def training_case(
     if settings.quick:
         variants.append(Variant("native", way(moe_mlp), "ours"))
     variants.append(Variant("F.grouped_mm", way(grouped_mm_mlp)))
+    if tokens * top_k * hidden <= REFERENCE_ROWS:
+        variants.append(Variant("reference", way(lambda *a: moe_mlp(*a, backend="reference"))))
+    variants += others.some(others.sonic_experts(way, routing, pair, settings))
     shapes = {"tokens": tokens, "hidden": hidden, "width": width, "experts": experts, "top_k": top_k}
     flops = (18.0 if backward else 6.0) * tokens * top_k * width * hidden
     size = (3.0 if backward else 1.0) * 3 * width * hidden * experts * x.element_size()
@@ -184,6 +192,9 @@ def grouped(settings: Settings) -> Iterator[Case]:
             variants.append(Variant("native", lambda a=a, b=b, o=offsets: grouped_gemm(a, b, o), "ours"))  # type: ignore[misc]
         variants.append(Variant("F.grouped_mm", lambda a=a, b=b, o=offsets: F.grouped_mm(a, b.mT, offs=o[1:])))  # type: ignore[misc]
         variants.append(Variant("cuBLAS, group by group", loop))
+        variants.append(Variant("reference", lambda a=a, b=b, o=offsets: grouped_gemm(a, b, o, backend="reference")))  # type: ignore[misc]
+        packages = (others.grouped_gemm_package, others.deep_gemm)
+        variants += others.some(*(package(a, b, [rows] * groups, settings) for package in packages))
         check = as_exact_as([values(torch.float64)], [values(settings.dtype)], lambda r, s=sample: [r[s]])  # type: ignore[misc]
         flops = 2.0 * groups * rows * columns * inner
         yield Case("C grouped_gemm", name, settings.dtype, {"groups": groups, "rows": rows}, variants, check, flops, None)

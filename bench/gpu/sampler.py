@@ -15,6 +15,7 @@ from ..bench_threshold_unmask import softmax_max
 from ..checks import as_exact_as, close, equal
 from ..harness import Case, Settings, Variant
 from ..shapes import MINI
+from . import others
 from .inputs import generator, normal
 
 __all__ = ["cases"]
@@ -62,6 +63,8 @@ def unmask(name: str, rows: int, vocab: int, dtype: torch.dtype, settings: Setti
     confidence = close([expected.confidence], 1e-4, lambda r: [r[0][:1]])
     variants = ours(lambda backend: threshold_unmask(logits, tokens, mask_id, 0.9, backend=backend), settings)
     variants.append(Variant("softmax + max", lambda: softmax_max(logits), capture=True))
+    variants.append(Variant("reference", lambda: threshold_unmask(logits, tokens, mask_id, 0.9, backend="reference")))
+    variants += others.some(others.flashinfer_softmax(logits, settings))
     shapes = {"rows": rows, "length": LENGTH, "vocabulary": vocab}
     return Case(
         "S threshold_unmask", name, dtype, shapes, variants,
@@ -82,6 +85,7 @@ def head(name: str, vocab: int, width: int, settings: Settings) -> Case:
     names = ("native", "triton") if settings.device.type == "cpu" else ("triton",)
     variants = ours(lambda backend: lm_head_unmask(hidden, lm_head, tokens, mask_id, 0.9, backend=backend), settings, *names)
     variants.append(Variant("F.linear + threshold_unmask", lambda: threshold_unmask(F.linear(hidden, lm_head), tokens, mask_id, 0.9)))
+    variants.append(Variant("reference", lambda: lm_head_unmask(hidden, lm_head, tokens, mask_id, 0.9, backend="reference")))
     size = float(lm_head.numel() * lm_head.element_size())
     shapes = {"length": LENGTH, "hidden": width, "vocabulary": vocab}
     return Case("S lm_head_unmask", name, settings.dtype, shapes, variants, check, 2.0 * LENGTH * width * vocab, size)
@@ -118,6 +122,7 @@ def norm(name: str, tokens: int, width: int, settings: Settings) -> Case:
 
     check = as_exact_as(by_torch(x.double(), residual.double(), weight.double()), by_torch(x, residual, weight))
     variants = [*ours(call, settings), Variant("add + F.rms_norm", lambda: by_torch(x, residual, weight), capture=True)]
+    variants.append(Variant("reference", lambda: call("reference"), capture=True))
     size = 4.0 * x.numel() * x.element_size()
     return Case("S rms_norm", name, settings.dtype, {"tokens": tokens, "hidden": width}, variants, check, None, size)
 
@@ -175,6 +180,7 @@ def loss(name: str, tokens: int, vocab: int, width: int, settings: Settings) -> 
     exact, same = pick(gradients(dense, torch.float32)()), pick(gradients(dense)())
     names = ("native", "triton") if settings.device.type == "cpu" else ("triton",)
     variants = [*ours(fused, settings, *names), Variant("F.linear + cross_entropy", gradients(dense))]
+    variants += [Variant("reference", lambda: fused("reference")), *others.some(others.liger_loss(targets, gradients, settings))]
     shapes = {"tokens": tokens, "hidden": width, "vocabulary": vocab}
     check = as_exact_as(exact, same, pick)
     return Case("S lm_loss", name, settings.dtype, shapes, variants, check, 6.0 * tokens * width * vocab, None)

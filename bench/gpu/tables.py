@@ -35,6 +35,7 @@ TABLES = {
     "B": Table("A training layer of experts.", moe.training),
     "T5": Table("Prefill: block-causal attention.", attention.prefill),
     "C": Table("The grouped product alone.", moe.grouped),
+    "T3": Table("Attention forward and backward: do 100 runs give the same bits, and at which speed?", attention.determinism),
     "T7": Table("Peak memory of attention, forward and backward, above its inputs.", attention.memory),
     "E": Table("The mini geometry as a whole, random weights.", model.cases, "model"),
 }
