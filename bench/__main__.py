@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from . import compare, report
 from .environment import ROOT, machine_name
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def _keep(benches: dict[str, dict], arguments: argparse.Namespace) -> None:  # type: ignore[type-arg]
+def _keep(benches: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
     target = arguments.json
     if target is None and not arguments.quick and not arguments.only:
         target = RESULTS / f"{machine_name(next(iter(benches.values()))['environment'])}.json"

@@ -36,7 +36,8 @@ class Inputs(NamedTuple):
     rows: list[tuple[Tensor, Tensor]]
 
     def copied(self) -> Inputs:
-        return Inputs(*(x.clone() for x in self[:6]), [(k.clone(), v.clone()) for k, v in self.rows])  # type: ignore[misc]
+        q, k_new, v_new, cache_k, cache_v, page_table = (x.clone() for x in self[:6])
+        return Inputs(q, k_new, v_new, cache_k, cache_v, page_table, [(k.clone(), v.clone()) for k, v in self.rows])
 
 
 def cases(settings: Settings) -> Iterator[Case]:

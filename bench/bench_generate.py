@@ -104,7 +104,7 @@ def generation(name: str, prompt_length: int, length: int, dtype: torch.dtype, s
         if dtype == torch.float32:  # the check has compared all tokens
             return known
         compared = Compared(model)
-        generate(compared, prompt, eos_id=-1, **options)  # type: ignore[arg-type]
+        generate(compared, prompt, eos_id=-1, **options)
         return {
             **known,
             "share_of_equal_tokens": round(float((tokens["native"] == tokens["uncached"]).float().mean()), 4),

@@ -81,6 +81,16 @@ def both(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Outputs]:
     return call
 
 
+def forward(op: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], Outputs]:
+    """A call of the native backend that returns the outputs."""
+
+    def call() -> Outputs:
+        out = op(*arguments, backend="native", **options)
+        return [out] if isinstance(out, Tensor) else list(out)
+
+    return call
+
+
 def calls(quick: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], Outputs]]]:
     """Name, dtype and call of every op; those that have gradients with them."""
     tokens, experts, hidden, vocab = (192, 16, 128, 4096) if quick else (768, 32, 512, 32768)
@@ -99,7 +109,7 @@ def calls(quick: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], Outputs]
         cache = [normal(pages, BLOCK, 2, 64) for _ in range(2)]
         table = torch.randperm(pages, generator=generator).to(torch.int32)[None]
         arguments = (normal(BLOCK, 8, 64), normal(BLOCK, 2, 64), normal(BLOCK, 2, 64), *cache, table, cached)
-        yield "cached_block_attention", dtype, lambda a=arguments: [cached_block_attention(*a, backend="native")]
+        yield "cached_block_attention", dtype, forward(cached_block_attention, *arguments)
 
         routing = mini_routing(tokens, "uniform", experts=experts)
         gate_up, down = expert_weights(dtype, experts, hidden // 2, hidden)
@@ -114,40 +124,34 @@ def calls(quick: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], Outputs]
                 packed = [QuantizedExperts.quantize(w, kind) for w in (gate_up, down)]
                 for n in (BLOCK, tokens):
                     few = mini_routing(n, "uniform", experts=experts)
-                    yield (
-                        f"moe_mlp, {kind} experts, {n} tokens", dtype,
-                        lambda x=x[:n], r=few, w=packed: [moe_mlp(x, r, *w, backend="native")],
-                    )  # fmt: skip
+                    yield f"moe_mlp, {kind} experts, {n} tokens", dtype, forward(moe_mlp, x[:n], few, *packed)
 
         width, head = normal(tokens, hidden), normal(vocab, hidden)
         targets = torch.randint(0, vocab, (tokens,), generator=generator)
         weights = (torch.rand(tokens, generator=generator) < 0.5).float()
         yield "lm_loss", dtype, both(lambda h, w, t=targets, p=weights: lm_loss(h, w, t, p, backend="native").loss, width, head / 16)
-        yield "lm_loss with entropy", dtype, both(
-            lambda h, w, t=targets, p=weights: (lambda r: r.loss + r.entropy.sum())(lm_loss(h, w, t, p, "all", backend="native")),
-            width, head / 16,
-        )  # fmt: skip
+
+        def loss_and_entropy(h: Tensor, w: Tensor, targets: Tensor = targets, weights: Tensor = weights) -> Tensor:
+            result = lm_loss(h, w, targets, weights, "all", backend="native")
+            assert result.entropy is not None
+            return result.loss + result.entropy.sum()
+
+        yield "lm_loss with entropy", dtype, both(loss_and_entropy, width, head / 16)
         masked = torch.full((1, BLOCK), vocab - 1)
-        yield (
-            "lm_head_unmask", dtype,
-            lambda h=width[None, :BLOCK], w=head, t=masked: list(lm_head_unmask(h, w, t, vocab - 1, 0.9, backend="native")),
-        )  # fmt: skip
+        yield "lm_head_unmask", dtype, forward(lm_head_unmask, width[None, :BLOCK], head, masked, vocab - 1, 0.9)
         logits = normal(1, BLOCK, vocab) * 4
         for name, options in (("greedy", {}), ("temperature 1, top_p", {"temperature": 1.0, "top_p": 0.95, "seed": 1})):
-            yield (
-                f"threshold_unmask, {name}", dtype,
-                lambda x=logits, t=masked, o=options: list(threshold_unmask(x, t, vocab - 1, 0.9, backend="native", **o)),
-            )  # fmt: skip
+            yield f"threshold_unmask, {name}", dtype, forward(threshold_unmask, logits, masked, vocab - 1, 0.9, **options)
 
         norm_weight = torch.ones(hidden, dtype=dtype)
         yield "rms_norm", dtype, both(lambda x, w: rms_norm(x, w, backend="native"), x, norm_weight)
         cos, sin = rope_tables(torch.arange(tokens), 32, 1e4, dtype)
         yield "rms_norm + residual", dtype, both(
-            lambda x, w, r: torch.cat(rms_norm(x, w, 1e-6, r, backend="native")), x, norm_weight, normal(tokens, hidden)
+            lambda x, w, r: torch.cat([*rms_norm(x, w, 1e-6, r, backend="native")]), x, norm_weight, normal(tokens, hidden)
         )  # fmt: skip
         yield "rope", dtype, both(lambda q, c=cos, s=sin: rope(q, c, s, backend="native"), normal(tokens, 8, 64))
         yield "rope, q and k with norms", dtype, both(
-            lambda q, k, a, b, c=cos, s=sin: torch.cat(rope(q, c, s, k, a, b, backend="native"), 1),
+            lambda q, k, a, b, c=cos, s=sin: torch.cat([*rope(q, c, s, k, a, b, backend="native")], 1),
             normal(tokens, 8, 64), normal(tokens, 2, 64), normal(64), normal(64),
         )  # fmt: skip
         yield "swiglu", dtype, both(lambda x: swiglu(x, backend="native"), normal(tokens, 2 * hidden))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from llada_kernels import Config, Model
+from llada_kernels.nn import attention, block, moe
 
 __all__ = ["OfficialModel", "block_diffusion_mask", "official_generate"]
 
@@ -58,8 +59,9 @@ class GatedMLP(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, ours: nn.Module) -> None:
+    def __init__(self, config: Config, ours: attention.Attention) -> None:
         super().__init__()
+        assert ours.q_norm is not None and ours.k_norm is not None
         self.c = config
         self.query_key_value, self.dense = linear(ours.qkv.weight), linear(ours.dense.weight)
         self.query_layernorm, self.key_layernorm = (Norm(n.weight, config.rms_norm_eps) for n in (ours.q_norm, ours.k_norm))
@@ -84,12 +86,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class MoE(nn.Module):
     """The training path of the official code: every token repeated per choice, a loop over experts that selects rows by comparison."""
 
-    def __init__(self, config: Config, ours: nn.Module) -> None:
+    expert_bias: Tensor
+
+    def __init__(self, config: Config, ours: moe.MoE) -> None:
         super().__init__()
+        gate_up, down = ours.w_gate_up, ours.w_down
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)  # not quantised
+        assert ours.router.expert_bias is not None and ours.shared_expert is not None
         self.c = config
         self.gate = linear(ours.router.weight)
         self.register_buffer("expert_bias", ours.router.expert_bias.clone())
-        self.experts = nn.ModuleList(GatedMLP(a, b) for a, b in zip(ours.w_gate_up, ours.w_down, strict=True))
+        self.experts = nn.ModuleList(GatedMLP(a, b) for a, b in zip(gate_up.unbind(0), down.unbind(0), strict=True))
         self.shared_experts = GatedMLP(ours.shared_expert.gate_up.weight, ours.shared_expert.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,16 +116,19 @@ class MoE(nn.Module):
         for i, expert in enumerate(self.experts):
             out[flat_ids == i] = expert(repeated[flat_ids == i])
         routed = (out.view(*ids.shape, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-        return routed.view(shape) + self.shared_experts(x)
+        shared: Tensor = self.shared_experts(x)
+        return routed.view(shape) + shared
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, ours: nn.Module, moe: bool) -> None:
+    def __init__(self, config: Config, ours: nn.Module) -> None:
         super().__init__()
+        assert isinstance(ours, block.Block)
         self.input_layernorm = Norm(ours.input_layernorm.weight, config.rms_norm_eps)
         self.post_attention_layernorm = Norm(ours.post_attention_layernorm.weight, config.rms_norm_eps)
         self.attention = Attention(config, ours.attention)
-        self.mlp = MoE(config, ours.mlp) if moe else GatedMLP(ours.mlp.gate_up.weight, ours.mlp.down.weight)
+        mlp = ours.mlp
+        self.mlp = MoE(config, mlp) if isinstance(mlp, moe.MoE) else GatedMLP(mlp.gate_up.weight, mlp.down.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.input_layernorm(x), mask, cos, sin)
@@ -136,7 +146,7 @@ class OfficialModel(nn.Module):
         super().__init__()
         c = self.config = model.config
         self.word_embeddings = nn.Parameter(model.embed_tokens.weight.detach().clone())
-        self.layers = nn.ModuleList(Block(c, layer, moe) for layer, moe in zip(model.layers, c.moe_layers, strict=True))
+        self.layers = nn.ModuleList(Block(c, layer) for layer in model.layers)
         self.norm = Norm(model.norm.weight, c.rms_norm_eps)
         self.lm_head = linear(model.lm_head_weight)
 

@@ -36,21 +36,21 @@ def _bars(bars: list[tuple[str, float]], axis: str, mark: float, path: Path, log
     import matplotlib
 
     # Fixed ids and no date: the file changes only when a number does. Text stays text, which is small and searchable.
-    settings = {"svg.hashsalt": "llada_kernels", "svg.fonttype": "none", "font.size": 8}
+    settings: Any = {"svg.hashsalt": "llada_kernels", "svg.fonttype": "none", "font.size": 8}
     with matplotlib.rc_context(settings):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 0.9 + 0.2 * max(1, len(bars))), layout="constrained")
         axes = figure.subplots()
         places = range(len(bars))
-        axes.barh(places, [value for _, value in bars], color=["#c0504d" if log and v < 1 else "#4f81bd" for _, v in bars])
+        drawn = axes.barh(places, [value for _, value in bars], color=["#c0504d" if log and v < 1 else "#4f81bd" for _, v in bars])
         axes.set_yticks(places, [label for label, _ in bars])
         axes.invert_yaxis()
         axes.set_xlabel(axis)
         axes.axvline(mark, color="black", linewidth=0.8)
         if log and bars:
             axes.set_xscale("log")
-        axes.bar_label(axes.containers[0], labels=[f" {value:.3g}" for _, value in bars])
+        axes.bar_label(drawn, labels=[f" {value:.3g}" for _, value in bars])
         axes.margins(x=0.1, y=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, format="svg", metadata={"Date": None})

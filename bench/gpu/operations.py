@@ -66,9 +66,9 @@ def operations(lengths: list[int], settings: Settings, backward: bool = True) ->
     contexts = [n // BLOCK * BLOCK for n in lengths]
     cached = DiffusionMask.cached(contexts, [BLOCK] * len(lengths), BLOCK).to(device)
     pages = max(1, max(contexts) // BLOCK)
-    cache = [of(len(lengths) * pages, BLOCK, KV_HEADS, DIM, seed=s) for s in (3, 4)]
+    cache_k, cache_v = (of(len(lengths) * pages, BLOCK, KV_HEADS, DIM, seed=s) for s in (3, 4))
     table = torch.arange(len(lengths) * pages, dtype=torch.int32).view(len(lengths), pages).to(device)
-    new = [of(len(lengths) * BLOCK, h, DIM, seed=s) for h, s in ((HEADS, 5), (KV_HEADS, 6), (KV_HEADS, 7))]
+    new_q, new_k, new_v = (of(len(lengths) * BLOCK, h, DIM, seed=s) for h, s in ((HEADS, 5), (KV_HEADS, 6), (KV_HEADS, 7)))
     x = of(total, HIDDEN, seed=8)
     gate_up, down = of(EXPERTS, 2 * WIDTH, HIDDEN, seed=9, scale=0.1), of(EXPERTS, HIDDEN, WIDTH, seed=10, scale=0.1)
     scores = normal(device, torch.float32, total, EXPERTS, seed=11)
@@ -96,7 +96,7 @@ def operations(lengths: list[int], settings: Settings, backward: bool = True) ->
         return lm_loss(hidden, head, targets, weights).loss
 
     def decode() -> tuple[Tensor, ...]:
-        return (cached_block_attention(*new, *cache, table, cached),)
+        return (cached_block_attention(new_q, new_k, new_v, cache_k, cache_v, table, cached),)
 
     def unmask() -> tuple[Tensor, ...]:
         return tuple(threshold_unmask(logits, masked, VOCAB - 1, 0.5, 0.5))

@@ -136,23 +136,18 @@ def rotation(name: str, tokens: int, settings: Settings) -> Case:
         product[:, heads * dim : (heads + kv_heads) * dim].view(tokens, kv_heads, dim),
     )
     cos, sin = rope_tables(torch.arange(tokens, device=settings.device), dim // 2, 600000.0, settings.dtype)
-    weights = [normal(settings.device, settings.dtype, dim, seed=i) for i in (2, 3)]
+    q_weight, k_weight = (normal(settings.device, settings.dtype, dim, seed=i) for i in (2, 3))
 
     def call(backend: str | None) -> Any:
         with torch.no_grad():
-            return rope(q, cos, sin, k, *weights, backend=backend)
+            return rope(q, cos, sin, k, q_weight, k_weight, backend=backend)
 
     expected = call("reference")
-    check = as_exact_as([x.double() for x in rope_exact(q, k, cos, sin, weights)], expected)
+    exact = rope(q.double(), cos.double(), sin.double(), k.double(), q_weight.double(), k_weight.double(), backend="reference")
+    check = as_exact_as(exact, expected)
     variants = [*ours(call, settings), Variant("reference", lambda: call("reference"), capture=True)]
     size = 2.0 * (q.numel() + k.numel()) * q.element_size()
     return Case("S rope", name, settings.dtype, {"tokens": tokens, "heads": "16:4", "head_dim": dim}, variants, check, None, size)
-
-
-def rope_exact(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, weights: list[Tensor]) -> Any:
-    """In fp64."""
-    wide = [w.double() for w in weights]
-    return rope(q.double(), cos.double(), sin.double(), k.double(), *wide, backend="reference")
 
 
 def loss(name: str, tokens: int, vocab: int, width: int, settings: Settings) -> Case:
