@@ -126,9 +126,9 @@ class DiffusionMask:
         own = np.concatenate([np.tile(noisy_own, (r, 1)) + views_at[:, None], np.repeat(clean + end[:, None], 2, 1)])
         position = np.arange(length) - document_start
         return cls(
-            *_intervals(context, own, device), clean + length, _tensor(np.concatenate([np.tile(position[index], r), position]), device),
-            "block_diffusion", size, r, n, _tensor(index, device),
-        )  # fmt: skip
+            *_intervals(context, own), clean + length, _tensor(np.concatenate([np.tile(position[index], r), position])),
+            "block_diffusion", size, r, n, _tensor(index),
+        ).to(device)  # fmt: skip
 
     @classmethod
     def bidirectional(cls, cu_seqlens: Lengths, *, num_tokens: int | None = None) -> DiffusionMask:
@@ -185,10 +185,10 @@ class DiffusionMask:
         context = np.stack([np.zeros_like(start), cached[row_of]], 1)
         position = cached[row_of] + np.arange(len(start)) - start
         return cls(
-            *_intervals(context, np.stack([start, end], 1), device), int(cu[-1]), _tensor(position, device), "cached", size,
-            context_lens=_tensor(cached.astype(np.int32), device), query_lens=_tensor(new.astype(np.int32), device),
-            cu_query_lens=_tensor(cu.astype(np.int32), device),
-        )  # fmt: skip
+            *_intervals(context, np.stack([start, end], 1)), int(cu[-1]), _tensor(position), "cached", size,
+            context_lens=_tensor(cached.astype(np.int32)), query_lens=_tensor(new.astype(np.int32)),
+            cu_query_lens=_tensor(cu.astype(np.int32)),
+        ).to(device)  # fmt: skip
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> DiffusionMask | None:
@@ -217,12 +217,12 @@ class DiffusionMask:
         edges[query, np.arange(len(query)) - (np.cumsum(count) - count)[query]] = key
         edges += np.repeat(np.arange(batch) * num_keys, num_queries)[:, None]
         position = np.tile(np.arange(num_queries), batch)
-        return cls(*_intervals(edges[:, :2], edges[:, 2:], device), batch * num_keys, _tensor(position, device), "intervals")
+        return cls(*_intervals(edges[:, :2], edges[:, 2:]), batch * num_keys, _tensor(position), "intervals").to(device)
 
     @classmethod
     def _one_interval(cls, start: _Ints, end: _Ints, document_start: _Ints, kind: Kind, size: int, device: torch.device) -> DiffusionMask:
-        intervals = _intervals(np.stack([start, end], 1), np.repeat(end[:, None], 2, 1), device)
-        return cls(*intervals, len(start), _tensor(np.arange(len(start)) - document_start, device), kind, size)
+        intervals = _intervals(np.stack([start, end], 1), np.repeat(end[:, None], 2, 1))
+        return cls(*intervals, len(start), _tensor(np.arange(len(start)) - document_start), kind, size).to(device)
 
     @property
     def num_queries(self) -> int:
@@ -354,7 +354,7 @@ def block_ids(cu_seqlens: Lengths, block_size: int, block_origin: BlockOrigin = 
     Arguments and errors as :meth:`DiffusionMask.block_diffusion`.
     """
     cu, device = _cu_seqlens(cu_seqlens, None)
-    return _tensor(_blocks(cu, _positive("block_size", block_size), block_origin)[0], device)
+    return moved_to(_tensor(_blocks(cu, _positive("block_size", block_size), block_origin)[0]), device)
 
 
 def _documents(cu: _Ints) -> tuple[_Ints, _Ints]:
@@ -375,13 +375,14 @@ def _blocks(cu: _Ints, size: int, origin: str) -> tuple[_Ints, _Ints, _Ints]:
     return np.cumsum(index == start) - 1, start, end
 
 
-def _intervals(context: _Ints, own: _Ints, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _tensor(context.astype(np.int32), device), _tensor(own.astype(np.int32), device)
+def _intervals(context: _Ints, own: _Ints) -> tuple[Tensor, Tensor]:
+    return _tensor(context.astype(np.int32)), _tensor(own.astype(np.int32))
 
 
-def _tensor(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+def _tensor(values: npt.NDArray[Any]) -> Tensor:
+    """On the host, where a mask is made and planned: it goes to the device of its lengths when it is whole, and is not read back."""
     with torch.inference_mode(False):  # a mask made during inference may be kept and trained with later
-        return moved_to(torch.from_numpy(values), device)
+        return torch.from_numpy(values)
 
 
 def _positive(name: str, value: int) -> int:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llada_kernels import _tile_plan
+from llada_kernels import _tile_plan, masks
 from llada_kernels.masks import DiffusionMask, block_ids
 
 GOLDEN = Path(__file__).parent / "golden" / "train_block_diffusion"
@@ -243,6 +243,23 @@ def test_to_and_plans_are_kept():
     assert mask.tile_plan() is mask.tile_plan() and mask.tile_plan(8) is mask.tile_plan(8)
     moved = DiffusionMask.block_diffusion([0, 5], 4).to("meta")
     assert moved.context.device.type == moved.noisy_index.device.type == moved.tile_plan().tiles.device.type == "meta"
+
+
+@pytest.mark.parametrize("make", [
+    lambda cu: DiffusionMask.block_diffusion(cu, 4, 2), lambda cu: DiffusionMask.block_causal(cu, 4), DiffusionMask.causal,
+    DiffusionMask.bidirectional, lambda cu: DiffusionMask.cached(cu, torch.tensor([3, 4, 8]), 4),
+])  # fmt: skip
+def test_a_mask_of_lengths_on_a_device_is_planned_on_the_host(make, monkeypatch):
+    """The meta device stands for a GPU: nothing can be read back from it. The lengths are read once, as they must be."""
+    expected = make(torch.tensor([0, 4, 16]))
+    read = masks._host_array
+    monkeypatch.setattr(masks, "_host_array", lambda name, values: (read(name, values)[0], torch.device("meta")))
+    mask = make(torch.tensor([0, 4, 16]))
+    assert all(getattr(mask, f.name).device.type == "meta" for f in fields(mask) if isinstance(getattr(mask, f.name), torch.Tensor))
+    assert mask._host is not None
+    assert np.array_equal(mask._host[0], expected.context.numpy()) and np.array_equal(mask._host[1], expected.own.numpy())
+    if mask.kind != "cached":
+        assert mask.tile_plan(16).tiles.shape == expected.tile_plan(16).tiles.shape, "another plan, later"
 
 
 def test_accepts_any_integers():

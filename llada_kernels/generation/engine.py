@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._tile_plan import moved_to
 from ..masks import DiffusionMask
 from .kv_cache import KVCache
 from .output import OnStep
@@ -61,6 +62,7 @@ class _Row:
     forwards: int = 0
     steps: int = 0
     fresh: bool = True
+    needs: int | None = None  # positions whose logits the next step reads; None at the first of a block: not known yet
 
 
 class Engine:
@@ -69,7 +71,8 @@ class Engine:
     A row's forward covers all that is not in its cache up to the end of its current block. So the first forward of the
     first block carries the prompt's whole blocks, and that of every later block the finished block before it: their keys
     and values are committed from a forward that is needed anyway, and the count of forwards is that of the uncached loop.
-    The LM head runs on the positions that the rule reads, no others.
+    The LM head runs on the positions that the rule reads, no others. What a step found comes back from the device in one copy, together
+    with what the next step needs to know; only where a block begins or ends is more read back.
 
     Precision: that of the model; decisions are made on its logits.
     Determinism: rows do not depend on each other; random numbers are keyed by (seed, position, forward of the row).
@@ -163,7 +166,7 @@ class Engine:
         blocks = self._tokens[chosen].gather(1, columns)
         self._begin_blocks(active, rows, blocks, columns)
         state = take_rows(self._state, chosen)
-        index, kept = self._positions_needed(blocks, state)
+        index, kept = self._positions_needed(rows, blocks, state)
         logits = self._logits(active, rows, kept)
         try:
             new, state, done = self.rule.step(logits, blocks, state, index)
@@ -178,12 +181,15 @@ class Engine:
             shown = new.cpu()
             for i, row in enumerate(rows):
                 self.on_step(row.row, row.start, shown[i])
-        ends, failed = torch.stack([done, self.rule.failed(state)]).tolist()
+        found = torch.stack([done.long(), self.rule.failed(state).long(), self.rule.needed(new, state).sum(1)])
+        ends, failed, needs = found.tolist()
+        for row, count in zip(rows, needs, strict=True):
+            row.needs = count
         if any(failed):
             bad = [row.row for row, fail in zip(rows, failed, strict=True) if fail]
             general = ValueError(f"logits: expected finite numbers, got NaN, +inf or nothing finite in rows {bad}")
             raise self._bad_logits(logits, rows, kept) or general
-        return [f for slot, row, end in zip(active, rows, ends, strict=True) if (f := self._advance(slot, row, end))]
+        return [f for slot, row, end in zip(active, rows, ends, strict=True) if (f := self._advance(slot, row, bool(end)))]
 
     def _bad_logits(self, logits: Tensor | Unprojected, rows: list[_Row], kept: Tensor) -> ValueError | None:
         """The first position that no token can be chosen at, as the caller counts; None if ``logits`` [R, n, V] are sound."""
@@ -218,13 +224,14 @@ class Engine:
         for i in fresh:
             rows[i].fresh = False
 
-    def _positions_needed(self, blocks: Tensor, state: Any) -> tuple[Tensor | None, Tensor]:
+    def _positions_needed(self, rows: list[_Row], blocks: Tensor, state: Any) -> tuple[Tensor | None, Tensor]:
         """The positions of the block whose logits the rule gets: int64 [R, n] or None for all L, and spelled out [R, n].
 
         Every row gets as many as the row that needs most: those it needs first, in order, then any others.
         """
         needed = self.rule.needed(blocks, state)
-        most = max(int(needed.sum(1).max()), 1)
+        known = [row.needs for row in rows if row.needs is not None]
+        most = max(1, *known) if len(known) == len(rows) else max(1, int(needed.sum(1).max()))
         if most == self.block_length:
             return None, self._within.expand(len(blocks), -1)
         index = (~needed).byte().argsort(dim=1, stable=True)[:, :most]
@@ -240,7 +247,7 @@ class Engine:
             return None
         after = row.start + self.block_length
         if after < row.end and not self.rule.stop_after_block(self._tokens[slot, row.prompt_length : after]):
-            row.start, row.steps, row.fresh = after, 0, True
+            row.start, row.steps, row.fresh, row.needs = after, 0, True, None
             return None
         tokens = _through_first(self._tokens[slot, row.prompt_length : row.end], self.rule)
         self._rows[slot] = None
@@ -248,7 +255,7 @@ class Engine:
         return Finished(row.row, tokens, row.forwards)
 
     def _index(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._tokens.device)
+        return moved_to(torch.tensor(values, dtype=torch.int64), self._tokens.device)
 
     # What a whole-window engine does differently.
 
@@ -324,7 +331,7 @@ class WindowEngine(Engine):
                 pieces.append(unconditional)
             starts, kept = starts * 2, kept.repeat(2, 1)
         cu_seqlens = torch.tensor([0] + [len(piece) for piece in pieces]).cumsum(0)
-        begins = cu_seqlens[:-1].to(kept.device) + self._index(starts)
+        begins = moved_to(cu_seqlens[:-1], kept.device) + self._index(starts)
         mask = DiffusionMask.bidirectional(cu_seqlens).to(kept.device)
         keep = (begins[:, None] + kept).flatten()
         logits: Tensor = self.model.forward(torch.cat(pieces), mask=mask, cache=None, logits_to_keep=keep).logits

@@ -28,7 +28,7 @@ _FP8_LEAST_SCALE = 2.0**-100  # also where everything is zero: nothing is divide
 _HALF = 16  # int4: byte j of 16 holds column j in its low and column 16 + j in its high half
 #: Shares of the scale at which nothing is cut off: with 16 levels it is better to cut the tails a little.
 _INT4_SHARES = (1.0, 0.9)
-_CHUNK = 1 << 17  # weights quantised at a time: their intermediate values stay in a cache
+_CHUNK = 1 << 17  # weights quantised at a time on a CPU: their intermediate values stay in a cache
 
 
 class QuantizedExperts(NamedTuple):
@@ -82,7 +82,10 @@ class QuantizedExperts(NamedTuple):
         check_tensor("weight", weight, 3, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
         empty = QuantizedExperts.empty(tuple(weight.shape), kind, group_size, weight.device)
         for e, expert in enumerate(weight.detach().unbind(0)):
-            empty.set_rows(e, slice(None), expert)
+            empty._fill(e, slice(None), expert)
+        finite = empty.scales.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):  # looked at once: on a GPU each look waits for all that was queued
+            raise _not_finite(finite.tolist().index(False))
         return empty
 
     @staticmethod
@@ -91,7 +94,7 @@ class QuantizedExperts(NamedTuple):
     ) -> QuantizedExperts:
         """Uninitialised experts of ``shape`` [E, N, K], to be filled by :meth:`set_rows`. Raises as :meth:`quantize`."""
         group_size = check_group_size(kind, group_size, shape[2])
-        height = FP8_BLOCK if kind == "fp8" else 1  # rows that share a scale
+        height = _height(kind)
         if shape[1] % height:
             raise ValueError(f"weight: expected a multiple of {height} rows for {kind}, got shape {tuple(shape)}")
         data_dtype, scale_dtype = STORAGE[kind]
@@ -100,36 +103,32 @@ class QuantizedExperts(NamedTuple):
             kind, data, torch.empty(shape[0], shape[1] // height, shape[2] // group_size, dtype=scale_dtype, device=device)
         )
 
-    @torch.no_grad()
     def set_rows(self, expert: int, rows: slice, weight: Tensor) -> None:
         """Quantise ``weight`` [n, K] into some rows of one expert (fp8: whole blocks of 128). Raises ValueError if it is not finite."""
-        all_data = self.data[expert, rows]
-        check_shape("weight", weight, all_data.shape[0], self.shape[2])
-        if self.kind == "fp8":
-            return self._set_blocks(expert, rows, weight)
-        all_scales = self.scales[expert, rows]
-        count = max(1, _CHUNK // self.shape[2])
-        for data, scales, part in zip(all_data.split(count), all_scales.split(count), weight.split(count), strict=True):
+        if not bool(self._fill(expert, rows, weight).isfinite().all()):
+            raise _not_finite(expert)
+
+    @torch.no_grad()
+    def _fill(self, expert: int, rows: slice, weight: Tensor) -> Tensor:
+        """Quantise into some rows of one expert without looking at a value; their scales, which are finite if the weights are."""
+        begin, end, _ = rows.indices(self.data.shape[1])
+        check_shape("weight", weight, self.data[expert, rows].shape[0], self.shape[2])
+        height = _height(self.kind)
+        if begin % height or end % height:
+            raise ValueError(f"rows: expected multiples of {height} for {self.kind}, got {begin} to {end}")
+        all_data, all_scales = self.data[expert, begin:end], self.scales[expert, begin // height : end // height]
+        count = max(1, _CHUNK // (self.shape[2] * height)) * height if weight.device.type == "cpu" else max(height, end - begin)
+        for data, scales, part in zip(all_data.split(count), all_scales.split(count // height), weight.split(count), strict=True):
             groups = part.to(torch.float32).unflatten(-1, (-1, self.group_size))
+            if self.kind == "fp8":
+                values, scale = _fp8(groups.unflatten(0, (-1, height)), (1, 3))
+                scales.copy_(scale[:, 0, :, 0])
+                data.copy_(values.flatten(2).flatten(0, 1))
+                continue
             integers, scale = (_int8 if self.kind == "int8" else _int4)(groups)
-            if not bool(scale.isfinite().all()):
-                raise ValueError(f"weight: expected finite values, got inf or NaN in expert {expert}")
             scales.copy_(scale.squeeze(-1))
             data.copy_(integers.flatten(-2) if self.kind == "int8" else _pack(integers.flatten(-2)))
-
-    def _set_blocks(self, expert: int, rows: slice, weight: Tensor) -> None:
-        begin, end, _ = rows.indices(self.data.shape[1])
-        if begin % FP8_BLOCK or end % FP8_BLOCK:
-            raise ValueError(f"rows: expected multiples of {FP8_BLOCK} for fp8, got {begin} to {end}")
-        scales = self.scales[expert, begin // FP8_BLOCK : end // FP8_BLOCK]
-        blocks = zip(self.data[expert, begin:end].split(FP8_BLOCK), scales, weight.split(FP8_BLOCK), strict=True)
-        for data, scale, part in blocks:  # a row of blocks at a time
-            groups = part.to(torch.float32).unflatten(-1, (-1, FP8_BLOCK))
-            values, step = _fp8(groups, (0, 2))
-            if not bool(step.isfinite().all()):
-                raise ValueError(f"weight: expected finite values, got inf or NaN in expert {expert}")
-            scale.copy_(step.flatten())
-            data.copy_(values.flatten(-2))
+        return all_scales
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``dtype`` [E, N, K]: each integer times its scale (exact in fp32), or e4m3 value times its scale in fp32, rounded once more."""
@@ -139,6 +138,15 @@ class QuantizedExperts(NamedTuple):
         integers = self.data if self.kind == "int8" else _unpack(self.data)
         groups = integers.to(torch.float32).unflatten(-1, (-1, self.group_size))
         return (groups * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _height(kind: str) -> int:
+    """Rows that share a scale."""
+    return FP8_BLOCK if kind == "fp8" else 1
+
+
+def _not_finite(expert: int) -> ValueError:
+    return ValueError(f"weight: expected finite values, got inf or NaN in expert {expert}")
 
 
 def check_group_size(kind: str, group_size: int | None, columns: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from llada_kernels import generation
 from llada_kernels.generation import Engine, LLaDA20, LLaDA21, StepRecorder, plain
 
+from ..host_reads import host_reads
 from .toy import ToyModel, assert_rows_equal_plain, random_case
 
 
@@ -205,3 +206,19 @@ def test_rule_objects_and_names_agree() -> None:
     edited = generation.generate(model, [1, 2, 3], decoding="llada2.1", **kwargs)
     explicit = generation.generate(model, [1, 2, 3], threshold=0.95, editing_threshold=0.9, **kwargs)
     assert edited[0].tolist() == explicit[0].tolist() and edited.num_forwards == explicit.num_forwards
+
+
+@pytest.mark.parametrize("rule", [LLaDA20(threshold=1.0), LLaDA21(threshold=1.0)])
+def test_a_step_within_a_block_reads_from_the_device_once(rule: LLaDA20 | LLaDA21) -> None:
+    """What it finds and how many logits the next one needs come in one copy; a block's first and last step read more."""
+    bound = rule.bind(mask_id=47, eos_id=46, gen_length=16, block_length=8)
+    engine = Engine(ToyModel(seed=4), bound, 8, 2, 32)
+    engine.add(torch.tensor([1, 2, 3]), 16)
+    engine.add(torch.tensor([5] * 8), 16)
+    reads: list[int] = []
+    while engine.num_rows:
+        with host_reads("llada_kernels/generation/") as seen:
+            engine.step()
+        reads.append(len(seen))
+    assert len(reads) > 12 and reads[1:4] == [1, 1, 1], "within the first block of both rows"
+    assert sorted(reads)[len(reads) // 2] == 1 and max(reads) <= 4

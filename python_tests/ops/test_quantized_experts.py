@@ -10,11 +10,12 @@ import torch
 from torch.nn.functional import silu
 
 from llada_kernels import Model, explain
-from llada_kernels.ops import QuantizedExperts, Routing, moe_mlp
+from llada_kernels.ops import QuantizedExperts, Routing, moe_mlp, quantized_experts
 from llada_kernels.ops.moe_mlp import BACKENDS
 
 from ..backends import cpu_backends
 from ..checkpoints import LLADA2
+from ..host_reads import host_reads
 from ..models import LLADA2 as CONFIG
 from ..models import random_model
 
@@ -142,6 +143,26 @@ def test_explain(capsys):
     assert "native     chosen" in explain(moe_mlp, x, routing, *quantized)
     text = explain(moe_mlp, x.double(), routing, *quantized)
     assert "native serves float32, bfloat16, got torch.float64" in text and "reference  chosen" in text
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_values_are_looked_at_once_and_do_not_depend_on_the_chunks(kind, monkeypatch):
+    """A GPU takes an expert at a time, a CPU as much as its cache holds: the bits are the same."""
+    weight = torch.randn(3, 384, 256)
+    with host_reads("llada_kernels/ops/quantized_experts") as reads:
+        whole = QuantizedExperts.quantize(weight, kind)
+    assert len(reads) == 1
+    for chunk in (1, 1 << 30):
+        monkeypatch.setattr(quantized_experts, "_CHUNK", chunk)
+        again = QuantizedExperts.quantize(weight, kind)
+        assert torch.equal(again.data.view(torch.uint8), whole.data.view(torch.uint8)) and torch.equal(again.scales, whole.scales)
+    with host_reads("llada_kernels/ops/quantized_experts") as reads:
+        again.set_rows(1, slice(128, 384), weight[0, :256])
+    assert len(reads) == 1
+    assert torch.equal(again.data[1, 128:].view(torch.uint8), whole.data[0, :256].view(torch.uint8))
+    weight[1, 200, 7] = float("nan")
+    with pytest.raises(ValueError, match="weight: expected finite values, got inf or NaN in expert 1"):
+        QuantizedExperts.quantize(weight, kind)
 
 
 def test_errors():
