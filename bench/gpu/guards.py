@@ -82,7 +82,8 @@ def _compiled() -> int:
 def _recompilations(settings: Settings, batches: int) -> tuple[bool | None, str]:
     # The first batches meet what there is to meet: lengths that are multiples of 16 and others, one document
     # and several, few and many tokens for each expert.
-    for lengths in ([5], [64], [33], [64, 64], [1, 47], [16, 5, 700 if not settings.quick else 48]):
+    longest = 48 if settings.quick else 700
+    for lengths in ([5], [64], [33], [64, 64], [1, 47], [16, 5, longest], [longest] * 4):
         for call in operations(lengths, settings).values():
             call()
     before = _compiled()

@@ -13,6 +13,10 @@ from .routing import Routing
 
 #: Slots that one program sorts.
 _CHUNK = 256
+#: Up to so many chunks every program adds up the counts of all of them, which saves a launch; of more they are summed up once.
+_FEW_CHUNKS = 16
+#: Experts whose counts one program sums up.
+_SCANNED = 16
 
 
 def _supports(logits: Tensor, expert_bias: Tensor | None, *_: Any) -> str | None:
@@ -64,7 +68,11 @@ def _forward(
     counts, starts = (ids.new_empty(chunks, bins) for _ in range(2))
     sizes = {"E": experts, "BINS": bins, "CHUNK": _CHUNK, "num_warps": 4}
     triton_kernels.count_kernel[(chunks,)](ids, counts, slots, **sizes)
-    triton_kernels.sort_kernel[(chunks,)](ids, counts, starts, offsets, permutation, slots, **sizes)
+    if scanned := chunks > _FEW_CHUNKS:
+        some, each = min(bins, _SCANNED), counts
+        counts = ids.new_empty(bins)
+        triton_kernels.scan_kernel[(bins // some,)](each, starts, counts, chunks, BINS=bins, SOME=some, num_warps=4)
+    triton_kernels.sort_kernel[(chunks,)](ids, counts, starts, offsets, permutation, slots, SCANNED=scanned, **sizes)
     return result
 
 

@@ -156,19 +156,41 @@ def count_kernel(ids_ptr, counts_ptr, slots, E: tl.constexpr, BINS: tl.constexpr
     tl.store(counts_ptr + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
 
 
+@triton.jit(do_not_specialize=["chunks"])
+def scan_kernel(counts_ptr, before_ptr, totals_ptr, chunks, BINS: tl.constexpr, SOME: tl.constexpr):
+    """before [chunks, BINS]: slots of an expert in earlier chunks; totals [BINS]: in all. Of SOME experts, 128 chunks at a time."""
+    bins = tl.program_id(0) * SOME + tl.arange(0, SOME)
+    total = tl.zeros((SOME,), tl.int32)
+    for first in range(0, chunks, 128):
+        chunk = (first + tl.arange(0, 128))[:, None]
+        place = chunk * BINS + bins[None, :]
+        counts = tl.load(counts_ptr + place, chunk < chunks, other=0)
+        tl.store(before_ptr + place, total[None, :] + tl.cumsum(counts, 0) - counts, chunk < chunks)
+        total += tl.sum(counts, 0)
+    tl.store(totals_ptr + bins, total)
+
+
 @triton.jit(do_not_specialize=["slots"])
 def sort_kernel(
     ids_ptr, counts_ptr, starts_ptr, offsets_ptr, permutation_ptr, slots, E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    SCANNED: tl.constexpr,
 ):  # fmt: skip
-    """The stable permutation of one chunk: behind the slots of lower experts, of earlier chunks, and earlier ones of the chunk."""
+    """The stable permutation of one chunk: behind the slots of lower experts, of earlier chunks, and earlier ones of the chunk.
+
+    ``counts`` are those of all chunks; or where scan_kernel ran (SCANNED) its totals, and ``starts`` what it found before each chunk.
+    """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     bins = tl.arange(0, BINS)
-    total, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
-    for first in range(0, chunks, 16):
-        other = (first + tl.arange(0, 16))[:, None]
-        counts = tl.load(counts_ptr + other * BINS + bins[None, :], other < chunks, other=0)
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where(other < chunk, counts, 0), 0)
+    if SCANNED:
+        total = tl.load(counts_ptr + bins)
+        before = tl.load(starts_ptr + chunk * BINS + bins)
+    else:
+        total, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+        for first in range(0, chunks, 16):
+            other = (first + tl.arange(0, 16))[:, None]
+            counts = tl.load(counts_ptr + other * BINS + bins[None, :], other < chunks, other=0)
+            total += tl.sum(counts, 0)
+            before += tl.sum(tl.where(other < chunk, counts, 0), 0)
     lower = tl.cumsum(total, 0) - total
     if chunk == 0:
         tl.store(offsets_ptr + bins, lower, bins <= E)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llada_kernels.ops.moe_routing import moe_routing
+from llada_kernels.ops.moe_routing import moe_routing, triton
 
 from ...ops.test_moe_routing import assert_sorted, choose, weigh
 
@@ -48,6 +48,18 @@ def test_many_slots_are_sorted_stably(device):
     logits = torch.randn(60, 12, device=device)
     logits[:, 3] = -100
     assert_sorted(moe_routing(logits, None, 5, backend="triton"), 12)
+
+
+@pytest.mark.parametrize("tokens,experts,top_k", [(60, 12, 5), (260, 12, 8), (50, 1, 1), (9, 40, 8)])
+def test_counts_of_many_chunks_are_summed_up_once(device, monkeypatch, tokens, experts, top_k):
+    """The same integers as where every program adds up all counts; 260 x 8 slots are 130 chunks, more than one step of the sum."""
+    logits = torch.randn(tokens, experts, device=device)
+    expected = moe_routing(logits, None, top_k, backend="triton")
+    monkeypatch.setattr(triton, "_CHUNK", 16)
+    monkeypatch.setattr(triton, "_FEW_CHUNKS", 2)
+    out = moe_routing(logits, None, top_k, backend="triton")
+    assert_sorted(out, experts)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
 def test_saturated_and_special_logits(device):
