@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ class Settings:
             half as long is a sample too, and there is one more (n=2).
         device, dtype: what benches of a GPU make their inputs on and in; the others name their own.
         without: modules of other projects that are not to be tried though they are installed.
+        patience: seconds that a baseline may take to prepare and to return from its first call: some compile for minutes.
     """
 
     quick: bool = False
@@ -47,6 +50,7 @@ class Settings:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.bfloat16
     without: tuple[str, ...] = ()
+    patience: float = math.inf
 
     @classmethod
     def of(cls, quick: bool, threads: int, only: str = "", seconds: float | None = None) -> Settings:
@@ -219,7 +223,7 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
         row = _row(case, variant, settings)
         rows.append(row)
         torch.set_num_threads(row["threads"])
-        first = _first_call(case, variant, row, stopwatch)
+        first = _first_call(case, variant, row, stopwatch, settings.patience if variant.role != "ours" else math.inf)
         if first is not None:
             running.append(_Running(variant, row, first, stopwatch.calls(first)))
     # The first call of a fast variant is mostly set-up; one of a slow variant is worth more than another that only estimates.
@@ -270,14 +274,34 @@ def _row(case: Case, variant: Variant, settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _first_call(case: Case, variant: Variant, row: dict[str, Any], stopwatch: Stopwatch) -> float | None:
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread after ``seconds``, between two steps of Python: a compiler that it waits for is left."""
+    if seconds == math.inf:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not ready within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _first_call(case: Case, variant: Variant, row: dict[str, Any], stopwatch: Stopwatch, patience: float) -> float | None:
     """Warm up and check; the seconds of a call, or None after noting in the row why there will be no time."""
     try:
-        if variant.prepare is not None:
-            variant.prepare()
-        begin = stopwatch.clock()
-        result = variant.run()
-        elapsed = stopwatch.clock() - begin
+        with _within(patience):
+            if variant.prepare is not None:
+                variant.prepare()
+            begin = stopwatch.clock()
+            result = variant.run()
+            elapsed = stopwatch.clock() - begin
         problem = None if variant.role == "yardstick" else case.check(result)
         if problem is not None:
             row["status"], row["reason"] = "failed", problem

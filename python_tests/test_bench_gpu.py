@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -18,7 +20,7 @@ from bench import report
 from bench.gpu import attention, moe, others, sampler
 from bench.gpu.__main__ import main as gpu_main
 from bench.gpu.ceilings import DeviceCeilings
-from bench.harness import Case, Settings, measure
+from bench.harness import Case, Settings, Variant, measure
 from bench.runner import read
 
 SETTINGS = Settings(True, 1, "", 0.0, 1, 1, device=torch.device("cpu"), dtype=torch.float32)
@@ -344,6 +346,20 @@ def test_a_package_that_raises_later_leaves_the_others_their_times(monkeypatch, 
     assert rows["grouped_gemm gmm"]["status"] == "not run" and rows["grouped_gemm gmm"]["reason"] == "IndexError: pop from empty list"
     assert "seconds" not in rows["grouped_gemm gmm"] and "grouped_gemm gmm" not in rows["native"]["ratios"]
     assert all("seconds" in rows[name] for name in ("native", "F.grouped_mm", "cuBLAS, group by group", "reference"))
+
+
+@pytest.mark.parametrize("when", ["prepare", "run"])
+def test_a_package_that_compiles_too_long_leaves_the_others_their_times(when):
+    slow = {"prepare": lambda: None, "run": lambda: torch.ones(1), when: lambda: time.sleep(60)}
+    fast, handler = Variant("ours", lambda: torch.ones(1), "ours"), signal.getsignal(signal.SIGALRM)
+    case = Case(
+        "op", "case", torch.float32, {}, [fast, Variant("slow", **slow), replace(fast, name="other", role="baseline")], lambda r: None
+    )
+    begin = time.monotonic()
+    rows = measure(case, replace(SETTINGS, patience=0.2), DeviceCeilings(SETTINGS))
+    assert time.monotonic() - begin < 30
+    assert [row["status"] for row in rows] == ["ok", "not run", "ok"] and rows[1]["reason"] == "TimeoutError: not ready within 0.2 s"
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_versions_of_those_that_ran_stand_in_the_results(monkeypatch, tmp_path):

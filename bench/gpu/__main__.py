@@ -27,15 +27,18 @@ from .operations import operations
 from .stopwatch import DeviceStopwatch
 from .tables import GUARDS, TABLES
 
+#: Seconds until a baseline has compiled: FlexAttention takes half a minute, and all tables together have five.
+PATIENCE = 90.0
+
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """On a GPU bf16; in a dry run on a CPU tiny shapes in fp32, as Triton's interpreter gets bf16 wrong."""
-    without = tuple(arguments.without)
+    more: dict[str, Any] = {"without": tuple(arguments.without), "patience": PATIENCE}
     if arguments.dry_run:
-        return Settings(True, 1, arguments.only, 0.0, 1, 1, device=torch.device("cpu"), dtype=torch.float32, without=without)
+        return Settings(True, 1, arguments.only, 0.0, 1, 1, device=torch.device("cpu"), dtype=torch.float32, **more)
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: expected a GPU, or --dry-run")
-    return Settings(False, 1, arguments.only, 0.2, 20, 50, device=torch.device("cuda"), dtype=torch.bfloat16, without=without)
+    return Settings(False, 1, arguments.only, 0.2, 20, 50, device=torch.device("cuda"), dtype=torch.bfloat16, **more)
 
 
 def tables(names: list[str], path: Path, budget: float, settings: Settings) -> int:
