@@ -19,7 +19,11 @@
 #endif
 #if defined(LLADA_CPU_LEVEL_avx512_bf16)
 #define LLADA_CPU_LEVEL_avx512
+#endif
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(LLADA_CPU_LEVEL_amx)
@@ -127,6 +131,20 @@ inline void store_partial(T* p, Vec v, int64_t n) {
     std::memcpy(p, from, size_t(part) * sizeof(T));
     p += part, from += part;
   }
+}
+
+// a * b + c, rounded once wherever this is compiled: the level `portable` asks the C library where SSE has no such instruction.
+inline Vec fused_multiply_add(Vec a, Vec b, Vec c) {
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(LLADA_CPU_LEVEL_avx2)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  for (int i = 0; i < kLanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
 }
 
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }

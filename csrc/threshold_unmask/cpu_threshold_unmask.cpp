@@ -1,4 +1,5 @@
-// Compiled with -ffp-contract=off: a fused multiply-add would change the last bit of a probability and with it, rarely, a token.
+// Multiply-adds are fused where reference.py says so and nowhere else (-ffp-contract=off): one more would change the last bit of a
+// probability and with it, rarely, a token.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -67,28 +68,26 @@ constexpr int64_t kAhead = 2 * kPart;  // from the part that is reduced to the o
 constexpr int64_t kRun = 16 * kPart;   // ids of one item of work, so that one position uses several threads
 constexpr int kSumLanes = 64;          // as _LANES in reference.py: lane l of a sum takes every 64th weight; then halves are added
 
-// z[i] = e^z[i] for z <= 0, 2^-80 for anything below that, NaN for NaN: the operations of `exponential32` in reference.py, one by one.
-// Each operation on all N before the next: one exponential after the other is 20 dependent operations in a row, and the few that a core
-// looks ahead took 2.5 ns per 16 instead of 1.9. `low` is -80, of which the compiler must not know that it is constant: it would
-// replace the maximum by a comparison and a blend.
+// z[i] = e^z[i] for z <= 0, e^-55 for anything below -55, NaN for NaN: the operations of `exponential32` in reference.py, one by one.
+// Each operation on all N before the next: one exponential after the other is 12 dependent operations in a row, and a core looks a few
+// ahead only. `low` is -55, of which the compiler must not know that it is constant: it would replace the maximum by a comparison and a
+// blend.
 template <int N>
 inline void exponentials(Vec (&z)[N], Vec low) {
-  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  const Vec magic = splat(12582912.f), log2e = splat(1.44269504f);  // 1.5 * 2^23: adding it leaves an integer in the low bits
   Vec shifted[N], p[N];
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) z[i] = z[i] * 1.44269504f;
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) z[i] = vmax(low, z[i]);
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) shifted[i] = z[i] + magic;
+  for (int i = 0; i < N; ++i) shifted[i] = fused_multiply_add(z[i], log2e, magic);
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) z[i] = z[i] - (shifted[i] - magic);
+  for (int i = 0; i < N; ++i) z[i] = fused_multiply_add(z[i], log2e, magic - shifted[i]);
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) p[i] = splat(1.3264727e-3f);
 #pragma GCC unroll 5
   for (float coefficient : {9.6715130e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f, 1.f})
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) p[i] = p[i] * z[i] + coefficient;
+    for (int i = 0; i < N; ++i) p[i] = fused_multiply_add(p[i], z[i], splat(coefficient));
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) z[i] = (Vec)((VecI)p[i] + ((VecI)shifted[i] << 23));  // times 2^integer
 }
@@ -132,7 +131,7 @@ PartSum reduce_whole(const float* x, float max, int64_t first, int64_t mask_toke
   }
   constexpr int kVectors = kSumLanes / kLanes, kAtOnce = kLanes == 16 ? 4 : 2;  // by the number of registers
   constexpr int64_t kLine = 64 / sizeof(T);
-  Vec low = splat(-80.f);
+  Vec low = splat(-55.f);
   asm volatile("" : "+m"(low));
   const Vec shift = splat(max > lowest ? max : lowest);  // finite, if the part has no +inf
   Vec sums[kVectors] = {};

@@ -1,5 +1,5 @@
-// The arithmetic of the sampler, operation by operation that of llada_kernels/ops/threshold_unmask/reference.py. Compiled without fused
-// multiply-adds (-fmad=false): they would change the last bit of a probability and with it, rarely, a token.
+// The arithmetic of the sampler, operation by operation that of llada_kernels/ops/threshold_unmask/reference.py. Multiply-adds are fused
+// where it says so and nowhere else (-fmad=false): one more would change the last bit of a probability and with it, rarely, a token.
 #pragma once
 
 #include "common/cuda.h"
@@ -23,18 +23,17 @@ struct UnmaskScratch {
   int parts;
 };
 
-// e^z for z <= 0, 2^-80 for anything below that: `exponential32` in reference.py. z is no NaN.
+// e^z for z <= 0, e^-55 for anything below -55: `exponential32` in reference.py. z is no NaN.
 __device__ __forceinline__ float exponential(float z) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  z = fmaxf(z * 1.44269504f, -80.f);
-  const float shifted = z + magic;
-  const float r = z - (shifted - magic);
-  float p = 1.3264727e-3f;
-  p = p * r + 9.6715130e-3f;
-  p = p * r + 5.5507336e-2f;
-  p = p * r + 2.4022242e-1f;
-  p = p * r + 6.9314700e-1f;
-  p = p * r + 1.f;
+  z = fmaxf(z, -55.f);
+  const float shifted = __fmaf_rn(z, 1.44269504f, magic);
+  const float r = __fmaf_rn(z, 1.44269504f, magic - shifted);
+  float p = __fmaf_rn(1.3264727e-3f, r, 9.6715130e-3f);
+  p = __fmaf_rn(p, r, 5.5507336e-2f);
+  p = __fmaf_rn(p, r, 2.4022242e-1f);
+  p = __fmaf_rn(p, r, 6.9314700e-1f);
+  p = __fmaf_rn(p, r, 1.f);
   return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));  // times 2^integer
 }
 

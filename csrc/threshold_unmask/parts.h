@@ -1,5 +1,5 @@
 // What threshold_unmask shares with lm_head_unmask, which sees the logits of a position only part by part: the reduction of a part, and
-// the decision from the reduced parts. Defined in cpu_threshold_unmask.cpp, which is compiled without fused multiply-adds.
+// the decision from the reduced parts. Defined in cpu_threshold_unmask.cpp, where every rounding is part of the contract.
 #pragma once
 
 #include <limits>

@@ -94,6 +94,7 @@ unsigned __match_any_sync(unsigned, T x) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __uint_as_float(uint32_t x) { return emulation::from_bits<float>(x); }
 inline uint32_t __float_as_uint(float x) { return uint32_t(emulation::to_bits(x)); }
 inline double __longlong_as_double(long long x) { return emulation::from_bits<double>(uint64_t(x)); }

@@ -68,7 +68,7 @@ def threshold_unmask(
         forward_index: per row, int64: which forward of the row this is.
         backend: use this backend or raise; by default the first that supports the call.
 
-    Precision: at temperature 0 confidences within 2e-6 relative of the exact softmax (exponentials in
+    Precision: at temperature 0 confidences within 1e-6 relative of the exact softmax (exponentials in
         fp32); at temperature > 0 exponentials and sums in fp64. Both are fixed to the bit (see
         reference.py). Comparisons in fp32.
     Determinism: the result is bitwise equal in all backends and on any number of threads. The

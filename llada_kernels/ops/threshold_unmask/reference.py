@@ -4,9 +4,9 @@ Equal tokens in all backends need equal probabilities, so the arithmetic is fixe
 temperature 0, so that one pass over the logits suffices and 16 logits fit a register:
 
 - the vocabulary is cut into parts of 1024 ids; a part's sum of exp(x - its largest logit) is taken
-  in fp32: a polynomial of separate multiplications and additions (no fused ones), summed in 64
-  lanes whose halves are then added to each other. Any SIMD width, any number of threads or CTAs
-  can do that, and a part needs nothing but its own logits;
+  in fp32: a polynomial of fused multiply-adds (each rounded once), summed in 64 lanes whose halves
+  are then added to each other. Any SIMD width, any number of threads or CTAs can do that, and a
+  part needs nothing but its own logits;
 - a part counts its sum times exp(its largest - the largest of all), in fp64 on the grid below.
 
 At temperature > 0, where a cumulative sum is needed:
@@ -39,8 +39,9 @@ _TAYLOR = tuple(1.0 / f for f in (39916800, 3628800, 362880, 40320, 5040, 720, 1
 
 _PART = 1024  # ids of a part
 _LANES = 64  # of the fp32 sum over a part
-_ROUND32 = 12582912.0  # 1.5 * 2**23
-_MINIMAX = (1.3264727e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1, 1.0)  # of 2**r, |r| <= 0.5, relative error 9e-8
+_LOG2E32 = 1.4426950216293335  # the nearest fp32
+#: Of 2**r for |r| <= 0.5, relative error 9e-8, as fp32 holds them.
+_MINIMAX = torch.tensor((1.3264727e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1, 1.0), dtype=torch.float32).tolist()
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -59,15 +60,30 @@ def exponential(z: Tensor) -> Tensor:
     return p * power
 
 
+def fused_multiply_add(a: Tensor, b: Tensor, c: float | Tensor) -> Tensor:
+    """a * b + c, rounded once, of fp32 tensors and a number that fp32 holds. NaN stays NaN."""
+    product = a.double() * b.double()  # exact
+    total = product + c
+    error = (product - (total - (total - product))) + (c - (total - product))  # of that sum, exact
+    # Rounded to fp32 now, a sum that fp64 rounded onto the middle between two numbers could go the wrong way. Of the two fp64 numbers
+    # round the exact sum the one with an odd last bit is on its right side.
+    bits = total.view(torch.int64)
+    step = torch.where((error > 0) == (total > 0), 1, -1)
+    odd = torch.where((error != 0) & (bits & 1 == 0), bits + step, bits)
+    return odd.view(torch.float64).float()
+
+
 def exponential32(z: Tensor) -> Tensor:
-    """fp32 exp(z) for z <= 0, within 3e-7 (1 - z / 4) relative; 2**-80 for anything below that."""
-    z = (z * 1.44269504).clamp(min=-80.0)
-    k = (z + _ROUND32) - _ROUND32
-    r = z - k
+    """fp32 exp(z) for fp32 z <= 0, within 2e-7 (1 - z / 8) relative; exp(-55) for anything below -55."""
+    z = z.clamp(min=-55.0)
+    # A kernel's fused multiply-adds: k from one that adds 1.5 * 2**23, r from a second. Neither is rounded but as these are.
+    scaled = z.double() * _LOG2E32
+    k = scaled.round()
+    r = (scaled - k).float()
     p = torch.full_like(r, _MINIMAX[0])
     for coefficient in _MINIMAX[1:]:
-        p = p * r + coefficient
-    power = ((k.to(torch.int32) + 127) << 23).view(torch.float32)
+        p = fused_multiply_add(p, r, coefficient)
+    power = ((k.nan_to_num().to(torch.int32) + 127) << 23).view(torch.float32)
     return p * power
 
 

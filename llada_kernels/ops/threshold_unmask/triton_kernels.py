@@ -1,6 +1,7 @@
 """The kernels of the Triton backend. Imported at the first launch only.
 
-The arithmetic is that of reference.py to the bit: launch everything here with ``enable_fp_fusion=False``.
+The arithmetic is that of reference.py to the bit, multiply-adds fused where it says so: launch everything here with
+``enable_fp_fusion=False``.
 """
 
 import triton
@@ -13,14 +14,14 @@ LANES: tl.constexpr = tl.constexpr(64)  # of the fp32 sum over a part
 @triton.jit
 def exponential32(z):
     """fp32 exp(z) for z <= 0, as the reference's of this name."""
-    z = tl.maximum(z * 1.44269504, -80.0)
-    rounded = z + 12582912.0  # 1.5 * 2**23: the low bits are the nearest integer
-    r = z - (rounded - 12582912.0)
-    p = r * 1.3264727e-3 + 9.6715130e-3
-    p = p * r + 5.5507336e-2
-    p = p * r + 2.4022242e-1
-    p = p * r + 6.9314700e-1
-    p = p * r + 1.0
+    z = tl.maximum(z, -55.0)
+    rounded = tl.fma(z, 1.44269504, 12582912.0)  # 1.5 * 2**23: the low bits are the nearest integer
+    r = tl.fma(z, 1.44269504, 12582912.0 - rounded)
+    p = tl.fma(r, 1.3264727e-3, 9.6715130e-3)
+    p = tl.fma(p, r, 5.5507336e-2)
+    p = tl.fma(p, r, 2.4022242e-1)
+    p = tl.fma(p, r, 6.9314700e-1)
+    p = tl.fma(p, r, 1.0)
     # Times 2**k, exact because nothing here is subnormal: k is added to the exponent.
     return (p.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
