@@ -29,6 +29,8 @@ def check_tensor(name: str, x: object, ndim: int | None = None, dtypes: tuple[to
 
 def check_shape(name: str, x: Tensor, *expected: int | None) -> None:
     """Raise unless ``x`` has the expected shape; None stands for any size."""
+    if x.shape == expected:
+        return
     if x.ndim != len(expected) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=False)):
         shown = str(tuple("*" if e is None else e for e in expected)).replace("'", "")
         raise ValueError(f"{name}: expected shape {shown}, got {tuple(x.shape)}")

@@ -6,8 +6,10 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from llada_kernels.ops.threshold_unmask import BACKENDS, reference, threshold_unmask
+from llada_kernels.ops.threshold_unmask.arguments import rule_arguments
 
 from ..backends import cpu_backends, everywhere
 
@@ -339,6 +341,26 @@ def test_exponential_and_grid():
     weight = reference.to_grid(torch.rand(157184, dtype=torch.float64), 157184)
     sums = [weight.sum(), weight.flip(0).cumsum(0)[-1], weight[torch.randperm(157184)].view(64, -1).sum(1).sum()]
     assert sums[0] == sums[1] == sums[2] == math.fsum(weight.tolist())
+
+
+def test_numbers_become_tensors_once():
+    """Calls share them; what equals a number that was seen is still checked."""
+    logits, tokens = torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
+
+    def rules(x, least, temperature=0.5):
+        return rule_arguments("logits", x, 9, tokens, 8, 0.5, 0.25, least, temperature, None, None, 7, None, None, 3)
+
+    with torch.inference_mode():
+        first = rules(logits, 1)
+    for name, value in rules(logits, 1)._asdict().items():
+        assert value is getattr(first, name), name
+    assert first.threshold.tolist() == [0.5, 0.5] and not first.threshold.is_inference()
+    assert rules(logits, 1, [0.5, 0.5]).temperature is not first.temperature
+    with pytest.raises(TypeError, match="min_unmask: expected a number or one per row, got bool"):
+        rules(logits, True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = rules(mode.from_tensor(logits), 2)
+    assert isinstance(fake.min_unmask, FakeTensor) and not isinstance(rules(logits, 2).min_unmask, FakeTensor)
 
 
 @pytest.mark.parametrize("backend", NAMES)

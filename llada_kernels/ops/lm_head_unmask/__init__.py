@@ -65,7 +65,7 @@ def lm_head_unmask(
         "hidden", hidden, lm_head.shape[0], tokens, mask_token_id, threshold, editing_threshold, min_unmask, temperature, top_k, top_p,
         seed, editable, positions, forward_index,
     )  # fmt: skip
-    return Unmasked(*run("lm_head_unmask", BACKENDS, backend, hidden, lm_head, *rules))
+    return Unmasked(*run("lm_head_unmask", BACKENDS, backend, hidden, lm_head, rules))
 
 
 BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)

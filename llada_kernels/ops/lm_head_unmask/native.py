@@ -8,48 +8,18 @@ from torch import Tensor
 from ... import _library
 from .._common import native_reason
 from ..dispatch import Backend
+from ..threshold_unmask.arguments import Rules
 
 
-def _supports(
-    hidden: Tensor,
-    lm_head: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    temperature: Tensor | None,
-    *_: object,
-) -> str | None:
-    if temperature is not None:
+def _supports(hidden: Tensor, lm_head: Tensor, rules: Rules) -> str | None:
+    if rules.temperature is not None:
         return "native draws no tokens, which needs the logits twice: temperature must be the number 0"
-    return native_reason(hidden, lm_head, tokens)
+    return native_reason(hidden, lm_head, rules.tokens)
 
 
-def _native(
-    hidden: Tensor,
-    lm_head: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    seed: Tensor | None,
-    editable: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _native(hidden: Tensor, lm_head: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.lm_head_unmask(
-        hidden.detach().contiguous(),
-        lm_head.detach().contiguous(),
-        tokens.contiguous(),
-        mask_token_id,
-        threshold.contiguous(),
-        None if editing_threshold is None else editing_threshold.contiguous(),
-        min_unmask.contiguous(),
-        None if editable is None else editable.contiguous(),
+        hidden.detach().contiguous(), lm_head.detach().contiguous(), *rules.greedy()
     )
     return result
 

@@ -10,14 +10,15 @@ from torch import Tensor
 from .. import _triton
 from .._triton import define, triton_reason
 from ..dispatch import Backend
+from ..threshold_unmask.arguments import Rules
 from ..threshold_unmask.triton import PART, apply_rules, rules_fake, statistics, supports_rules
 
 #: GPUs whose blocks may use 147 KiB of shared memory, and whose tensor cores take both operands from there (8.0's spill registers).
 _WIDE = (90, 100, 103)
 
 
-def _supports(hidden: Tensor, lm_head: Tensor, *rules: Any) -> str | None:
-    return supports_rules(hidden, *rules) or triton_reason(lm_head)
+def _supports(hidden: Tensor, lm_head: Tensor, rules: Rules) -> str | None:
+    return supports_rules(hidden, rules) or triton_reason(lm_head)
 
 
 def _tile(hidden: Tensor, positions: int) -> tuple[dict[str, Any], int]:
@@ -38,16 +39,7 @@ def _tile(hidden: Tensor, positions: int) -> tuple[dict[str, Any], int]:
     return {"BM": 128, "BN": 256 if wide else 128, "BK": 64, "SWAP": False, "P": 16, "num_warps": 8, "num_stages": 3}, 1
 
 
-def _launch(
-    hidden: Tensor,
-    lm_head: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    editable: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(hidden: Tensor, lm_head: Tensor, tokens: Tensor, mask_token_id: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_kernels
 
     hidden, lm_head = hidden.contiguous(), lm_head.contiguous()
@@ -64,8 +56,7 @@ def _launch(
             hidden, lm_head, scratch, largest, total, best, ids, positions, mask_token_id,
             VOCAB=vocab, WIDTH=width, enable_fp_fusion=False, **tile,
         )  # fmt: skip
-    rules = (tokens, mask_token_id, threshold, editing_threshold, min_unmask, editable)
-    return apply_rules(largest, total, best, ids, None, vocab, *rules)
+    return apply_rules(largest, total, best, ids, None, vocab, tokens, mask_token_id, *others)
 
 
 define(
@@ -75,23 +66,9 @@ define(
 )  # fmt: skip
 
 
-def _lm_head_unmask(
-    hidden: Tensor,
-    lm_head: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    seed: Tensor | None,
-    editable: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _lm_head_unmask(hidden: Tensor, lm_head: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels_triton.lm_head_unmask(
-        hidden.detach(), lm_head.detach(), tokens, mask_token_id, threshold, editing_threshold, min_unmask, editable
+        hidden.detach(), lm_head.detach(), *rules.greedy()
     )
     return result
 

@@ -90,7 +90,7 @@ def threshold_unmask(
         "logits", logits, logits.shape[2], tokens, mask_token_id, threshold, editing_threshold, min_unmask, temperature, top_k, top_p,
         seed, editable, positions, forward_index,
     )  # fmt: skip
-    return Unmasked(*run("threshold_unmask", BACKENDS, backend, logits, *rules))
+    return Unmasked(*run("threshold_unmask", BACKENDS, backend, logits, rules))
 
 
 BACKENDS = (native.BACKEND, triton.BACKEND, reference.BACKEND)

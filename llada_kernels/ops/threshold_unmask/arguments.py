@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,27 @@ class Unmasked(NamedTuple):
     counts: Tensor
 
 
+class Rules(NamedTuple):
+    """What a backend decides by, checked and contiguous; None is off. Not to be written to: calls share some of it."""
+
+    tokens: Tensor  # [R, L] int64
+    mask_token_id: int
+    threshold: Tensor  # [R] fp32
+    editing_threshold: Tensor | None  # [R] fp32, off where below 0
+    min_unmask: Tensor  # [R] int64
+    temperature: Tensor | None  # [R] fp64; None is 0 everywhere, and what only drawing needs is None as well
+    top_k: Tensor | None  # [R] int64
+    top_p: Tensor | None  # [R] fp64
+    seed: Tensor | None  # [R] int64
+    editable: Tensor | None  # [R, L] bool
+    positions: Tensor | None  # [R, L] int64
+    forward_index: Tensor | None  # [R] int64
+
+    def greedy(self) -> tuple[Tensor, int, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Those of temperature 0."""
+        return self.tokens, self.mask_token_id, self.threshold, self.editing_threshold, self.min_unmask, self.editable
+
+
 def rule_arguments(
     name: str,
     x: Tensor,
@@ -45,8 +67,8 @@ def rule_arguments(
     editable: Tensor | None,
     positions: Tensor | None,
     forward_index: PerRow,
-) -> tuple[Any, ...]:
-    """The checked arguments of a backend behind ``x`` [R, L, ...], the tensor called ``name``: per row, off as None."""
+) -> Rules:
+    """The checked arguments of a backend behind ``x`` [R, L, ...], the tensor called ``name``."""
     rows, length, _ = x.shape
     check_tensor("tokens", tokens, 2, (torch.int64,))
     check_shape("tokens", tokens, rows, length)
@@ -61,7 +83,12 @@ def rule_arguments(
             check_shape(other, y, rows, length)
             check_same(other, y, name, x, dtype=False)
 
+    # Kept between calls on a CPU, of which they took a tenth. A GPU's could belong to a graph that is being captured.
+    keep = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
     def per_row(name: str, value: PerRow, dtype: torch.dtype, low: float, high: float) -> Tensor:
+        if keep and isinstance(value, int | float):
+            return _kept(name, value, dtype, low, high, rows)
         return _per_row(name, value, dtype, low, high, rows, x.device)
 
     inf = math.inf
@@ -76,8 +103,8 @@ def rule_arguments(
         top_k = None
     if not sampling or (top_p is not None and _is_number(top_p, 1)):
         top_p = None
-    return (
-        tokens,
+    return Rules(
+        tokens.contiguous(),
         int(mask_token_id),
         per_row("threshold", threshold, torch.float32, 0, 1),
         editing,
@@ -86,10 +113,17 @@ def rule_arguments(
         None if top_k is None else per_row("top_k", top_k, torch.int64, 0, inf),
         None if top_p is None else per_row("top_p", top_p, torch.float64, 0, 1),
         per_row("seed", seed, torch.int64, 0, inf) if sampling else None,
-        editable,
-        positions,
+        None if editable is None else editable.contiguous(),
+        None if positions is None else positions.contiguous(),
         per_row("forward_index", forward_index, torch.int64, -inf, inf) if sampling else None,
     )
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _kept(name: str, value: float, dtype: torch.dtype, low: float, high: float, rows: int) -> Tensor:
+    """:func:`_per_row` of a number, on a CPU: one tensor for all calls."""
+    with torch.inference_mode(False):
+        return _per_row(name, value, dtype, low, high, rows, torch.device("cpu"))
 
 
 def _is_number(value: PerRow, number: float) -> bool:
@@ -130,7 +164,7 @@ def _per_row(
             span = f"in [{low}, {high}]" if high < math.inf else f"at least {low} and {'below 2^63' if integral else 'finite'}"
             raise ValueError(f"{name}: expected numbers {span}, got {v}")
     if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype)
+        return value.to(device=device, dtype=dtype).contiguous()
     if isinstance(value, int | float):
         return torch.full((rows,), value, dtype=dtype, device=device)  # filled there: a copy to a GPU would wait for it
     return torch.tensor(given, dtype=dtype, device=device)

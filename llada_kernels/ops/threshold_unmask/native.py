@@ -8,17 +8,15 @@ from torch import Tensor
 from ... import _library
 from .._common import native_reason
 from ..dispatch import Backend
+from .arguments import Rules
 
 
-def _supports(logits: Tensor, tokens: Tensor, *_: object) -> str | None:
-    return native_reason(logits, tokens, cuda="threshold_unmask")
+def _supports(logits: Tensor, rules: Rules) -> str | None:
+    return native_reason(logits, rules.tokens, cuda="threshold_unmask")
 
 
-def _native(logits: Tensor, tokens: Tensor, mask_token_id: int, *parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = (None if p is None else p.contiguous() for p in parameters)
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask(
-        logits.detach().contiguous(), tokens.contiguous(), mask_token_id, *contiguous
-    )
+def _native(logits: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask(logits.detach().contiguous(), *rules)
     return result
 
 

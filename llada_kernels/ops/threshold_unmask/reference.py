@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .._common import compute_dtype
 from ..dispatch import Backend
+from .arguments import Rules
 
 #: Logits handled at once in fp64.
 _CHUNK_ELEMENTS = 1 << 22
@@ -200,65 +201,42 @@ def _raise_bad(bad: Tensor, logits: Tensor) -> None:
     raise ValueError(f"logits: expected finite numbers, got {got} in row {row}, position {position}")
 
 
-def threshold_unmask_reference(
-    logits: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    seed: Tensor | None,
-    editable: Tensor | None,
-    positions: Tensor | None,
-    forward_index: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def threshold_unmask_reference(logits: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of Unmasked."""
     rows, length, vocab = logits.shape
     logits = logits.detach()
     flat = logits.reshape(rows * length, vocab)
     uniform = None
-    if temperature is not None:
-        assert seed is not None and forward_index is not None
+    if rules.temperature is not None:
+        assert rules.seed is not None and rules.forward_index is not None
+        positions = rules.positions
         if positions is None:
             positions = torch.arange(length, device=logits.device).expand(rows, length)
-        key = (t.unsqueeze(1).expand(rows, length) for t in (seed, forward_index))
+        key = (t.unsqueeze(1).expand(rows, length) for t in (rules.seed, rules.forward_index))
         seeds, forwards = key
         uniform = philox_uniform(seeds, positions, forwards).flatten()
 
     def each(per_row: Tensor | None) -> Tensor | None:
         return None if per_row is None else per_row.repeat_interleave(length)
 
-    per_position = [each(temperature), each(top_k), each(top_p), uniform]
-    choice = tokens.new_empty(rows * length)
+    per_position = [each(rules.temperature), each(rules.top_k), each(rules.top_p), uniform]
+    choice = rules.tokens.new_empty(rows * length)
     confidence = torch.empty_like(choice, dtype=torch.float32)
     bad = torch.empty_like(choice, dtype=torch.bool)
     step = max(1, _CHUNK_ELEMENTS // vocab)
     for begin in range(0, rows * length, step):
         part = slice(begin, begin + step)
         own = [None if t is None else t[part] for t in per_position]
-        choice[part], confidence[part], bad[part] = _choose(flat[part], mask_token_id, *own)
+        choice[part], confidence[part], bad[part] = _choose(flat[part], rules.mask_token_id, *own)
     choice, confidence, bad = (t.view(rows, length) for t in (choice, confidence, bad))
     if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
         _raise_bad(bad, logits)
-    return _apply(choice, confidence, bad, tokens, mask_token_id, threshold, editing_threshold,
-                  min_unmask, editable)  # fmt: skip
+    return _apply(choice, confidence, bad, rules)
 
 
-def _apply(
-    choice: Tensor,
-    confidence: Tensor,
-    bad: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    editable: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _apply(choice: Tensor, confidence: Tensor, bad: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
     """The M2T and T2T rules."""
+    tokens, mask_token_id, threshold, editing_threshold, min_unmask, editable = rules.greedy()
     masked = tokens == mask_token_id
     confident = masked & (confidence > threshold.unsqueeze(1))
     order = torch.where(masked, confidence, -1.0).sort(dim=1, descending=True, stable=True).indices

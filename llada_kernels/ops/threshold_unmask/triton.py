@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._triton import define, triton_reason
 from ..dispatch import Backend
+from .arguments import Rules
 
 #: Ids of a part: see reference.py.
 PART = 1024
@@ -14,20 +17,11 @@ PART = 1024
 _RULES = {"BL": 32, "BP": 32, "num_warps": 8, "maxnreg": 255, "enable_fp_fusion": False}
 
 
-def supports_rules(
-    x: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    temperature: Tensor | None,
-    *_: object,
-) -> str | None:
+def supports_rules(x: Tensor, rules: Rules) -> str | None:
     """Why the Triton backends of threshold_unmask and lm_head_unmask cannot serve the call, or None."""
-    if temperature is not None:
+    if rules.temperature is not None:
         return "triton draws no tokens, which takes top_k and top_p of whole rows: temperature must be the number 0"
-    return triton_reason(x, tokens)
+    return triton_reason(x, rules.tokens)
 
 
 def apply_rules(
@@ -75,15 +69,7 @@ def statistics(x: Tensor, positions: int, vocab: int, count: int) -> list[Tensor
     return [x.new_empty((positions, -(-vocab // PART)), dtype=torch.float32) for _ in range(count)]
 
 
-def _launch(
-    logits: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    editable: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(logits: Tensor, tokens: Tensor, mask_token_id: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_kernels
 
     logits = logits.contiguous()
@@ -96,8 +82,7 @@ def _launch(
         triton_kernels.parts_kernel[grid](
             logits, largest, total, best, mask_token_id, VOCAB=vocab, P=parts, num_warps=1, enable_fp_fusion=False
         )
-    rules = (tokens, mask_token_id, threshold, editing_threshold, min_unmask, editable)
-    return apply_rules(largest, total, best, None, logits, vocab, *rules)
+    return apply_rules(largest, total, best, None, logits, vocab, tokens, mask_token_id, *others)
 
 
 define(
@@ -107,23 +92,8 @@ define(
 )  # fmt: skip
 
 
-def _threshold_unmask(
-    logits: Tensor,
-    tokens: Tensor,
-    mask_token_id: int,
-    threshold: Tensor,
-    editing_threshold: Tensor | None,
-    min_unmask: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    seed: Tensor | None,
-    editable: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels_triton.threshold_unmask(
-        logits.detach(), tokens, mask_token_id, threshold, editing_threshold, min_unmask, editable
-    )
+def _threshold_unmask(logits: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels_triton.threshold_unmask(logits.detach(), *rules.greedy())
     return result
 
 
