@@ -347,20 +347,23 @@ def test_numbers_become_tensors_once():
     """Calls share them; what equals a number that was seen is still checked."""
     logits, tokens = torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
 
-    def rules(x, least, temperature=0.5):
-        return rule_arguments("logits", x, 9, tokens, 8, 0.5, 0.25, least, temperature, None, None, 7, None, None, 3)
+    def rules(x, threshold, least, temperature=0.0):
+        return rule_arguments("logits", x, 9, tokens, 8, threshold, 0.25, least, temperature, None, None, 7, None, None, 3)
 
     with torch.inference_mode():
-        first = rules(logits, 1)
-    for name, value in rules(logits, 1)._asdict().items():
+        first = rules(logits, 0.5, 1)
+    for name, value in rules(logits, 0.5, 1)._asdict().items():
         assert value is getattr(first, name), name
     assert first.threshold.tolist() == [0.5, 0.5] and not first.threshold.is_inference()
-    assert rules(logits, 1, [0.5, 0.5]).temperature is not first.temperature
+    thresholds = torch.tensor([0.5, 0.5])
+    assert rules(logits, thresholds, 1).threshold.tolist() == [0.5, 0.5]
+    thresholds[1] = 0.75
+    assert rules(logits, thresholds, 1).threshold.tolist() == [0.5, 0.75]
     with pytest.raises(TypeError, match="min_unmask: expected a number or one per row, got bool"):
-        rules(logits, True)
+        rules(logits, 0.5, True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = rules(mode.from_tensor(logits), 2)
-    assert isinstance(fake.min_unmask, FakeTensor) and not isinstance(rules(logits, 2).min_unmask, FakeTensor)
+        fake = rules(mode.from_tensor(logits), 0.5, 2)
+    assert isinstance(fake.min_unmask, FakeTensor) and not isinstance(rules(logits, 0.5, 2).min_unmask, FakeTensor)
 
 
 @pytest.mark.parametrize("backend", NAMES)

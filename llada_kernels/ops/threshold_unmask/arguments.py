@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,51 +83,66 @@ def rule_arguments(
             check_shape(other, y, rows, length)
             check_same(other, y, name, x, dtype=False)
 
-    # Kept between calls on a CPU, of which they took a tenth. A GPU's could belong to a graph that is being captured.
-    keep = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    greedy = _is_number(temperature, 0)
+    # A GPU's could belong to a graph that is being captured.
+    keep = greedy and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if keep and _PLAIN.issuperset(map(type, (threshold, editing_threshold, min_unmask))):
+        *numbers, last = _kept_numbers(rows, threshold, editing_threshold, min_unmask)
+    elif greedy:
+        *numbers, last = _numbers(rows, x.device, threshold, editing_threshold, min_unmask)
+    else:
+        *numbers, last = _numbers(rows, x.device, threshold, editing_threshold, min_unmask, temperature, top_k, top_p, seed, forward_index)
+    editable, positions = (None if y is None else y.contiguous() for y in (editable, positions))
+    return Rules._make((tokens.contiguous(), int(mask_token_id), *numbers, editable, positions, last))
 
-    def per_row(name: str, value: PerRow, dtype: torch.dtype, low: float, high: float) -> Tensor:
-        if keep and isinstance(value, int | float):
-            return _kept(name, value, dtype, low, high, rows)
-        return _per_row(name, value, dtype, low, high, rows, x.device)
+
+def _numbers(
+    rows: int,
+    device: torch.device,
+    threshold: PerRow,
+    editing_threshold: PerRow | None,
+    min_unmask: PerRow,
+    temperature: PerRow | None = None,
+    top_k: PerRow | None = None,
+    top_p: PerRow | None = None,
+    seed: PerRow | None = None,
+    forward_index: PerRow | None = None,
+) -> tuple[Any, ...]:
+    """The fields of Rules that have these names, in this order. Temperature None: there is nothing to draw."""
+
+    def per_row(name: str, value: PerRow | None, dtype: torch.dtype, low: float, high: float) -> Tensor | None:
+        return None if value is None else _per_row(name, value, dtype, low, high, rows, device)
 
     inf = math.inf
-    low = -inf if isinstance(editing_threshold, Tensor | Sequence) else 0.0
-    editing = None
-    if editing_threshold is not None:
-        editing = per_row("editing_threshold", editing_threshold, torch.float32, low, 1)
-    sampling = not _is_number(temperature, 0)
-    if seed is None:
-        seed = torch.randint(0, 2**63 - 1, (1,)).to(x.device).expand(rows) if sampling else 0
-    if not sampling or (top_k is not None and _is_number(top_k, 0)):
-        top_k = None
-    if not sampling or (top_p is not None and _is_number(top_p, 1)):
-        top_p = None
-    return Rules(
-        tokens.contiguous(),
-        int(mask_token_id),
+    if temperature is not None and seed is None:
+        seed = torch.randint(0, 2**63 - 1, (1,)).to(device).expand(rows)
+    return (
         per_row("threshold", threshold, torch.float32, 0, 1),
-        editing,
+        per_row(
+            "editing_threshold", editing_threshold, torch.float32, -inf if isinstance(editing_threshold, Tensor | Sequence) else 0.0, 1
+        ),
         per_row("min_unmask", min_unmask, torch.int64, 0, inf),
-        per_row("temperature", temperature, torch.float64, 0, inf) if sampling else None,
-        None if top_k is None else per_row("top_k", top_k, torch.int64, 0, inf),
-        None if top_p is None else per_row("top_p", top_p, torch.float64, 0, 1),
-        per_row("seed", seed, torch.int64, 0, inf) if sampling else None,
-        None if editable is None else editable.contiguous(),
-        None if positions is None else positions.contiguous(),
-        per_row("forward_index", forward_index, torch.int64, -inf, inf) if sampling else None,
+        per_row("temperature", temperature, torch.float64, 0, inf),
+        None if top_k is None or _is_number(top_k, 0) else per_row("top_k", top_k, torch.int64, 0, inf),
+        None if top_p is None or _is_number(top_p, 1) else per_row("top_p", top_p, torch.float64, 0, 1),
+        per_row("seed", seed, torch.int64, 0, inf),
+        per_row("forward_index", forward_index, torch.int64, -inf, inf),
     )
 
 
-@functools.lru_cache(maxsize=256, typed=True)
-def _kept(name: str, value: float, dtype: torch.dtype, low: float, high: float, rows: int) -> Tensor:
-    """:func:`_per_row` of a number, on a CPU: one tensor for all calls."""
+_PLAIN = frozenset((int, float, type(None)))
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _kept_numbers(rows: int, threshold: float, editing_threshold: float | None, min_unmask: int) -> tuple[Any, ...]:
+    """:func:`_numbers` on a CPU at temperature 0, the same tensors for all calls: a decoding loop asks thousands of times, and checking
+    and filling took a tenth of a call."""
     with torch.inference_mode(False):
-        return _per_row(name, value, dtype, low, high, rows, torch.device("cpu"))
+        return _numbers(rows, torch.device("cpu"), threshold, editing_threshold, min_unmask)
 
 
 def _is_number(value: PerRow, number: float) -> bool:
-    return isinstance(value, int | float) and value == number
+    return isinstance(value, (int, float)) and value == number
 
 
 def _per_row(
