@@ -24,8 +24,8 @@ from .inputs import normal
 __all__ = ["decode", "grouped", "training"]
 
 Call = Callable[[Tensor, Routing, Any, Any], Tensor]
-#: Relative error (Frobenius) that quantised weights and activations may add.
-FP8_ERROR = 0.08
+#: Relative error (Frobenius) that quantised weights, and with fp8 activations, may add.
+ERRORS = {"int8": 0.015, "int4": 0.18, "fp8": 0.08}
 #: The reference of a training layer weighs its rows in fp32, several tensors of T K H alive at a time: 2 GiB each at most.
 REFERENCE_ROWS = 1 << 29
 
@@ -43,12 +43,12 @@ def on(routing: Routing, device: torch.device) -> Routing:
 
 
 def decode(settings: Settings) -> Iterator[Case]:
-    """A: one layer of the mini geometry, 1 to 4096 tokens, bf16 and FP8 experts."""
+    """A: one layer of the mini geometry, 1 to 4096 tokens, bf16, int8, int4 and FP8 experts."""
     quick = settings.quick
     hidden, width, experts = (128, 128, 16) if quick else (MINI["H"], MINI["I"], MINI["E"])
     held: dict[str, Any] = {}
     rows = [(8, "uniform")] if quick else [(32, r) for r in ROUTINGS] + [(t, "uniform") for t in (256, 1, 8, 64, 128, 512, 1024, 4096)]
-    for kind in ("bf16", "fp8"):
+    for kind in ("bf16", "int8", "int4", "fp8"):
         for tokens, routing in rows if kind == "bf16" else rows[:6]:
             if not settings.wants(name := f"{tokens} tokens, {routing}, {kind} experts"):
                 continue
@@ -73,8 +73,8 @@ def decode_case(name: str, tokens: int, kind: str, plain: tuple[Tensor, Tensor],
     def check(y: Tensor) -> str | None:
         if not quantised:
             return as_exact_as([exact], [same], lambda r: [r[sample]])(y)
-        error = float((y[sample].double() - exact).norm() / exact.norm())
-        return None if error <= FP8_ERROR else f"relative error {error:.4f}, allowed {FP8_ERROR}"
+        error, allowed = float((y[sample].double() - exact).norm() / exact.norm()), ERRORS[used[0].kind]
+        return None if error <= allowed else f"relative error {error:.4f}, allowed {allowed}"
 
     def way(call: Call, pair: Any = used) -> Callable[[], Tensor]:
         turn = itertools.cycle(routings)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llada_kernels.masks import DiffusionMask
 from llada_kernels.ops import (
+    QuantizedExperts,
     block_attention,
     cached_block_attention,
     grouped_gemm,
@@ -30,7 +31,10 @@ from .inputs import normal
 __all__ = ["INFERENCE", "operations"]
 
 #: What a decoding step runs: these must be capturable in a CUDA graph.
-INFERENCE = ("cached_block_attention", "moe_routing", "moe_mlp", "rms_norm", "rope", "swiglu", "threshold_unmask", "lm_head_unmask")
+INFERENCE = (
+    "cached_block_attention", "moe_routing", "moe_mlp", "moe_mlp int8", "moe_mlp int4", "rms_norm", "rope", "swiglu", "threshold_unmask",
+    "lm_head_unmask",
+)  # fmt: skip
 BLOCK, HEADS, KV_HEADS, DIM = 32, 4, 2, 64
 HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB = 128, 64, 16, 4, 1000
 
@@ -89,6 +93,10 @@ def operations(lengths: list[int], settings: Settings, backward: bool = True) ->
     def experts(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return moe_mlp(x, routing, gate_up, down)
 
+    def integers(kind: str) -> Callable[[], tuple[Tensor, ...]]:
+        pair = [QuantizedExperts.quantize(w, kind) for w in (gate_up, down)]
+        return lambda: (moe_mlp(x, routing, *pair),)
+
     def route() -> tuple[Tensor, ...]:
         return tuple(moe_routing(scores, bias, TOP_K, 4, 2, 2.5))
 
@@ -110,6 +118,8 @@ def operations(lengths: list[int], settings: Settings, backward: bool = True) ->
         "moe_routing": route,
         "grouped_gemm": differentiable(lambda a, b: grouped_gemm(a, b, routing.offsets), rows, gate_up),
         "moe_mlp": differentiable(experts, x, gate_up, down),
+        "moe_mlp int8": integers("int8"),
+        "moe_mlp int4": integers("int4"),
         "rms_norm": differentiable(lambda x, w, r: rms_norm(x, w, 1e-6, r), x, norm_weight, x * 0.5),
         "rope": differentiable(lambda q, k, a, b: rope(q, cos, sin, k, a, b), queries, keys, head_weight, head_weight + 0.5),
         "swiglu": differentiable(lambda gate_up: swiglu(gate_up), of(total, 2 * WIDTH, seed=22)),

@@ -29,7 +29,7 @@ class Table:
 TABLES = {
     "T1": Table("Attention in the training layout, one document; true work, backward alone is 2.5 times the FLOPs.", attention.training),
     "T2": Table("Attention in the training layout, packed documents.", attention.packed),
-    "A": Table("A decoding layer of experts at the mini geometry, 1 to 4096 tokens, bf16 and FP8.", moe.decode),
+    "A": Table("A decoding layer of experts at the mini geometry, 1 to 4096 tokens, bf16, int8, int4 and FP8.", moe.decode),
     "S": Table("Sampler, LM head, routing, norm, rope and loss.", sampler.cases),
     "T4": Table("A denoising step of one block over a cached context.", attention.decode),
     "B": Table("A training layer of experts.", moe.training),

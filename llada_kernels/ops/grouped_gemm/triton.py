@@ -35,27 +35,61 @@ def row_tile(rows: int, experts: int, inner: int, x: Tensor, wide: bool = True) 
     return {"BM": 128, "BN": 256 if wide else 128, "BK": 64, "SWAP": False, "num_warps": 8, "num_stages": 3}
 
 
+def quantized_tile(rows: int, experts: int, inner: int, x: Tensor) -> dict[str, Any]:
+    """row_tile for int8 and int4 weights. They are always the first operand, which may be in registers: there they become x's dtype.
+
+    The floor is the bytes of the experts in use: 3.34 MB (int8) or 1.77 MB (int4, groups of 32) each at the mini geometry, so at 4.0 TB/s
+    136 or 72 us for the 163 experts of 32 tokens. 128 columns at a time are 16 or 8 KiB of weights, 128 or 64 bytes of a row, and 8 or 4
+    bytes of its scales (groups of 32 or 64), which asynchronous copies take; the 2 bytes of groups of 128 they do not, and are waited for.
+    Registers let 2 or 3 programs run on a multiprocessor of 9.0, each with 3 stages of weights: 48 KiB and more, as there. Tiles of 64
+    rows would spill, since beside their sums a thread holds 64 or 128 weights in x's dtype.
+
+    Arithmetic has a floor too. For a weight the compiler makes 6 to 7 instructions, of which 132 multiprocessors at 1.8 GHz have 3e13 per
+    second: 4.5e12 weights, 2.5 TB/s of int4 and 4.8 TB/s of int8. So int4 will be bound by arithmetic on a GPU that reads 4 TB/s (114 us
+    for those experts), and by memory on one that reads 1 TB/s. Nothing of this was measured yet.
+    """
+    few = rows <= 8 * experts
+    if x.dtype == torch.float32 or inner % 64:  # as there; the columns are a multiple of 32
+        tile, full = {"BN": 64, "BK": 32, "num_stages": 2}, True
+    else:
+        tile, full = {"BN": 128, "BK": 64 if inner % 128 else 128, "num_stages": 4}, not few
+    # Where no limit is named, ptxas spills 16 bytes of some kernels so that one program more has registers.
+    return {**tile, "BM": 16 if few else 32, "SWAP": True, "num_warps": 4, "maxnreg": 255 if full else None}
+
+
+def quantization(words: Tensor, scales: Tensor | None, inner: int) -> dict[str, int]:
+    """What kernels must know of a weight of ``inner`` columns: bits and columns that share a scale; 0 without scales."""
+    if scales is None:
+        return {"BITS": 0, "GROUP": 0}
+    return {"BITS": words.shape[2] * 16 // inner, "GROUP": inner // scales.shape[2]}
+
+
 def row_grid(rows: int, experts: int, columns: int, tile: dict[str, Any], columns_of_tile: int | None = None) -> tuple[int]:
     """At least as many programs as there are tiles, whatever the offsets."""
     return ((rows // tile["BM"] + min(experts, rows)) * -(-columns // (columns_of_tile or tile["BN"])),)
 
 
 def multiply_rows(
-    a: Tensor, b: Tensor, out: Tensor, offsets: Tensor, permutation: Tensor | None = None, transposed: bool = False
-) -> Tensor:
-    """out = a @ b[e].T (``transposed``: a @ b[e]) of each expert's rows; row r is stored as row ``permutation[r]``. All contiguous."""
+    a: Tensor, b: Tensor, out: Tensor, offsets: Tensor, permutation: Tensor | None = None, transposed: bool = False,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """out = a @ b[e].T (``transposed``: a @ b[e]) of each expert's rows; row r is stored as row ``permutation[r]``. All contiguous.
+
+    With ``scales`` b is quantised, int16 words [E, N, K * bits / 16].
+    """
     from . import triton_kernels
 
     rows, inner = a.shape
     experts, columns = b.shape[0], out.shape[1]
     if out.numel():
         # Transposed and wide, Triton 3.6 spills 296 bytes where the rest of an expert takes half a tile; 3.7 has 255 registers and none.
-        tile = row_tile(rows, experts, inner, a, wide=not transposed)
+        tile = row_tile(rows, experts, inner, a, wide=not transposed) if scales is None else quantized_tile(rows, experts, inner, a)
         if transposed and tile["SWAP"] and tile["BM"] == 64:  # 4 warps spill 624 bytes with Triton 3.9
             tile["num_warps"] = 8
         triton_kernels.rows_kernel[row_grid(rows, experts, columns, tile)](
-            a, b, out, offsets, offsets if permutation is None else permutation,
-            EXPERTS=experts, N=columns, INNER=inner, TRANSPOSED=transposed, SCATTER=permutation is not None, **tile,
+            a, b, b if scales is None else scales, out, offsets, offsets if permutation is None else permutation,
+            EXPERTS=experts, N=columns, INNER=inner, TRANSPOSED=transposed, SCATTER=permutation is not None,
+            **quantization(b, scales, inner), **tile,
         )  # fmt: skip
     return out
 

@@ -10,15 +10,18 @@ from torch import Tensor
 from .. import _triton
 from .._triton import define, define_autograd, triton_reason
 from ..dispatch import Backend
-from ..grouped_gemm.triton import multiply_rows, row_grid, row_tile, weight_gradient
+from ..grouped_gemm.triton import multiply_rows, quantization, quantized_tile, row_grid, row_tile, weight_gradient
 from ..moe_routing.routing import Routing
-from ..quantized_experts import FP8_BLOCK, QuantizedExperts
+from ..quantized_experts import FP8_BLOCK, GROUP_SIZES, QuantizedExperts
 
 
 def _supports(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w_down: Tensor | QuantizedExperts) -> str | None:
     weights = [w for w in (w_gate_up, w_down) if isinstance(w, QuantizedExperts)]
-    if unserved := [w.kind for w in weights if w.kind != "fp8"]:
-        return f"triton serves fp8 experts, got {unserved[0]}"
+    kinds = [w.kind for w in weights]
+    if "fp8" in kinds and set(kinds) != {"fp8"}:
+        return f"triton serves int8 and int4 experts, or both weights in fp8, got {' and '.join(kinds)}"
+    if unserved := [w.group_size for w in weights if w.group_size not in GROUP_SIZES]:
+        return f"triton serves groups of {', '.join(map(str, GROUP_SIZES))} columns, got {unserved[0]}"
     if routing.topk_weights.dtype != torch.float32:
         return f"triton serves topk_weights in float32, got {routing.topk_weights.dtype}"
     return triton_reason(x, *routing, *(w.data if isinstance(w, QuantizedExperts) else w for w in (w_gate_up, w_down)))
@@ -29,7 +32,8 @@ def moe_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor | QuantizedExperts, w
     if isinstance(w_gate_up, QuantizedExperts) or isinstance(w_down, QuantizedExperts):
         assert isinstance(w_gate_up, QuantizedExperts) and isinstance(w_down, QuantizedExperts)
         weights = (w_gate_up.data, w_gate_up.scales, w_down.data, w_down.scales)
-        return torch.ops.llada_kernels_triton.moe_mlp_fp8(x, routing.topk_weights, routing.offsets, routing.permutation, *weights)
+        op = torch.ops.llada_kernels_triton.moe_mlp_fp8 if w_gate_up.kind == "fp8" else torch.ops.llada_kernels_triton.moe_mlp_integers
+        return op(x, routing.topk_weights, routing.offsets, routing.permutation, *weights)
     tensors = (x, routing.topk_weights, routing.offsets, routing.permutation, w_gate_up, w_down)
     # Gate and up are kept only where a backward may follow.
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -51,27 +55,47 @@ def combine(rows: Tensor, topk_weights: Tensor, out: Tensor, weighted: bool) -> 
 def _forward(
     x: Tensor, topk_weights: Tensor, offsets: Tensor, permutation: Tensor, w_gate_up: Tensor, w_down: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
-    from . import triton_kernels
-
     tensors = (t.contiguous() for t in (x, topk_weights, offsets, permutation, w_gate_up, w_down))
     x, topk_weights, offsets, permutation, w_gate_up, w_down = tensors
-    experts, hidden, width = w_down.shape
+    kept = x.new_empty(permutation.shape[0] if save else 0, w_gate_up.shape[1])
+    return _products(x, topk_weights, offsets, permutation, w_gate_up, w_down, None, None, kept if save else None), kept
+
+
+def _products(
+    x: Tensor, topk_weights: Tensor, offsets: Tensor, permutation: Tensor, w_gate_up: Tensor, w_down: Tensor,
+    gate_up_scales: Tensor | None, down_scales: Tensor | None, kept: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The result; with ``kept`` gate and up go there. Weights with scales are quantised, as int16 words. All contiguous."""
+    from . import triton_kernels
+
+    experts, hidden, width = w_down.shape[0], x.shape[1], w_gate_up.shape[1] // 2
     slots = permutation.shape[0]
-    out, kept = _forward_fake(x, topk_weights, offsets, permutation, w_gate_up, w_down, save)
     act = x.new_empty(slots, width)
     if act.numel():
-        tile = row_tile(slots, experts, hidden, x)
+        tile = (row_tile if gate_up_scales is None else quantized_tile)(slots, experts, hidden, x)
         triton_kernels.gate_up_kernel[row_grid(slots, experts, width, tile, tile["BN"] // 2)](
-            x, w_gate_up, act, kept, offsets, permutation,
-            EXPERTS=experts, HIDDEN=hidden, WIDTH=width, TOP_K=topk_weights.shape[1], KEEP=save, **tile,
+            x, w_gate_up, w_gate_up if gate_up_scales is None else gate_up_scales, act, act if kept is None else kept, offsets, permutation,
+            EXPERTS=experts, HIDDEN=hidden, WIDTH=width, TOP_K=topk_weights.shape[1], KEEP=kept is not None,
+            **quantization(w_gate_up, gate_up_scales, hidden), **tile,
         )  # fmt: skip
-    return combine(multiply_rows(act, w_down, x.new_empty(slots, hidden), offsets, permutation), topk_weights, out, True), kept
+    rows = multiply_rows(act, w_down, x.new_empty(slots, hidden), offsets, permutation, scales=down_scales)
+    return combine(rows, topk_weights, x.new_empty(x.shape), True)
 
 
 def _forward_fake(
     x: Tensor, topk_weights: Tensor, offsets: Tensor, permutation: Tensor, w_gate_up: Tensor, w_down: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(permutation.shape[0] if save else 0, w_gate_up.shape[1])
+
+
+def _integers(
+    x: Tensor, topk_weights: Tensor, offsets: Tensor, permutation: Tensor, w_gate_up: Tensor, gate_up_scales: Tensor, w_down: Tensor,
+    down_scales: Tensor,
+) -> Tensor:  # fmt: skip
+    tensors = (t.contiguous() for t in (x, topk_weights, offsets, permutation, w_gate_up, w_down, gate_up_scales, down_scales))
+    x, topk_weights, offsets, permutation, w_gate_up, w_down, gate_up_scales, down_scales = tensors
+    words = w_gate_up.view(torch.int16), w_down.view(torch.int16)
+    return _products(x, topk_weights, offsets, permutation, *words, gate_up_scales, down_scales, None)
 
 
 def _fp8(
@@ -109,7 +133,7 @@ def _fp8(
     return combine(rows, topk_weights, out, True)
 
 
-def _fp8_fake(x: Tensor, *others: Tensor) -> Tensor:
+def _quantized_fake(x: Tensor, *others: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -174,10 +198,11 @@ define(
     _backward, _backward_fake,
 )  # fmt: skip
 define_autograd("moe_mlp", _autograd, _setup_context)
-define(
-    "moe_mlp_fp8(Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor gate_up_data, Tensor gate_up_scales, "
-    "Tensor down_data, Tensor down_scales) -> Tensor",
-    _fp8, _fp8_fake,
-)  # fmt: skip
+_QUANTIZED_INPUTS = (
+    "Tensor x, Tensor topk_weights, Tensor offsets, Tensor permutation, Tensor gate_up_data, Tensor gate_up_scales, "
+    "Tensor down_data, Tensor down_scales"
+)
+define(f"moe_mlp_integers({_QUANTIZED_INPUTS}) -> Tensor", _integers, _quantized_fake)
+define(f"moe_mlp_fp8({_QUANTIZED_INPUTS}) -> Tensor", _fp8, _quantized_fake)
 
 BACKEND = Backend("triton", _supports, moe_mlp)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grouped_gemm.triton_kernels import find_tile, multiply
+from ..grouped_gemm.triton_kernels import find_tile, multiply, multiply_quantized
 
 
 def dtype_of(dtype):
@@ -22,38 +22,45 @@ def halves(tile):
 
 @triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "permutation_ptr"])
 def gate_up_kernel(
-    x_ptr, w_ptr, act_ptr, kept_ptr, offsets_ptr, permutation_ptr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr, KEEP: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, w_ptr, scales_ptr, act_ptr, kept_ptr, offsets_ptr, permutation_ptr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, KEEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """act [rows, WIDTH] = silu(gate) * up of the sorted rows; with KEEP also kept [rows, 2 * WIDTH] = gate and up.
 
-    A tile's BN weight rows are BN / 2 gate rows and the up rows of the same features.
+    A tile's BN weight rows are BN / 2 gate rows and the up rows of the same features. With BITS they are quantised, as in rows_kernel.
     """
     tiles: tl.constexpr = triton.cdiv(WIDTH, BN // 2)
     expert, begin, end = find_tile(offsets_ptr, tl.program_id(0) // tiles, EXPERTS, BM)
     first = tl.program_id(0) % tiles * (BN // 2)
-    w_ptr += expert.to(tl.int64) * (2 * WIDTH * HIDDEN)
+    w_ptr += expert.to(tl.int64) * (2 * WIDTH * (HIDDEN * BITS // 16 if BITS else HIDDEN))
+    if BITS:
+        scales_ptr += expert.to(tl.int64) * (2 * WIDTH * (HIDDEN // GROUP))
     if expert >= EXPERTS:
         return
     if BM > 64:
         if end - begin <= BM // 2:  # the last rows of an expert: half of the arithmetic will do
             gate_up_tile(
-                x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM // 2, HIDDEN, WIDTH, TOP_K, KEEP, SWAP, BN, BK,
+                x_ptr, w_ptr, scales_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM // 2,
+                HIDDEN, WIDTH, TOP_K, KEEP, BITS, GROUP, SWAP, BN, BK,
             )  # fmt: skip
         else:
             gate_up_tile(
-                x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM, HIDDEN, WIDTH, TOP_K, KEEP, SWAP, BN, BK,
+                x_ptr, w_ptr, scales_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM,
+                HIDDEN, WIDTH, TOP_K, KEEP, BITS, GROUP, SWAP, BN, BK,
             )  # fmt: skip
     else:
         gate_up_tile(
-            x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM, HIDDEN, WIDTH, TOP_K, KEEP, SWAP, BN, BK,
+            x_ptr, w_ptr, scales_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM,
+            HIDDEN, WIDTH, TOP_K, KEEP, BITS, GROUP, SWAP, BN, BK,
         )  # fmt: skip
 
 
 @triton.jit
 def gate_up_tile(
-    x_ptr, w_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr, KEEP: tl.constexpr, SWAP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, w_ptr, scales_ptr, act_ptr, kept_ptr, permutation_ptr, begin, end, first, BM: tl.constexpr, HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, KEEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    SWAP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The rows from begin on and the features from first on of gate_up_kernel's results."""
     rows = begin + tl.arange(0, BM)
@@ -63,11 +70,17 @@ def gate_up_tile(
     n = tl.arange(0, BN)
     feature = first + n % features
     k = tl.arange(0, BK)
-    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     w_rows = feature + n // features * WIDTH
-    w_ptrs = w_ptr + w_rows[:, None] * HIDDEN + k[None, :]
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
-    acc = multiply(x_ptrs, w_ptrs, feature < WIDTH, BK, acc, HIDDEN, BK, SWAP, WIDTH % features == 0)
+    if BITS:
+        acc = multiply_quantized(
+            x_ptr + tokens.to(tl.int64) * HIDDEN, w_ptr + w_rows * (HIDDEN * BITS // 16), scales_ptr + w_rows * (HIDDEN // GROUP),
+            feature < WIDTH, acc, HIDDEN, BK, WIDTH % features == 0, BITS, GROUP,
+        )  # fmt: skip
+    else:
+        x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * HIDDEN + k[None, :]
+        w_ptrs = w_ptr + w_rows[:, None] * HIDDEN + k[None, :]
+        acc = multiply(x_ptrs, w_ptrs, feature < WIDTH, BK, acc, HIDDEN, BK, SWAP, WIDTH % features == 0)
     gate, up = halves(acc.T if SWAP else acc)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     gate, up = gate.to(dtype), up.to(dtype)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -113,3 +115,64 @@ def test_fp8_lengths_do_not_recompile_and_keep_enough_bytes_in_flight():
     for launch in launches[1:3]:
         programs = min(227 * 1024 // launch.shared, 65536 // (launch.registers * 32 * launch.num_warps))
         assert programs >= 2 and programs * launch.shared * 2 // 3 > 33 * 1024
+
+
+def run_integers(tokens, kind, group=32, dtype=torch.bfloat16, experts=256, top_k=8, hidden=2048, width=512):
+    x = torch.empty(tokens, hidden, dtype=dtype)
+    routing = Routing.from_topk(torch.arange(top_k).expand(tokens, top_k), torch.rand(tokens, top_k), experts)
+    weights = [QuantizedExperts.empty(shape, kind, group) for shape in ((experts, 2 * width, hidden), (experts, hidden, width))]
+    moe_mlp(x, routing, *weights, backend="triton")
+
+
+def loop(ptx):
+    """Instructions of the loop over the columns."""
+    label, rest = re.search(r"(\$L__BB\d+_\d+):[^\n]*Loop Header[^\n]*\n(.*)", ptx, re.DOTALL).groups()
+    body = re.split(rf"bra\s+{re.escape(label)};", rest)[0]
+    assert "mma" in body
+    return body
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("arch,group", [(80, 32), (86, 32), (89, 32), (90, 32), (80, 64), (90, 64)])
+def test_integers_compile(arch, group, kind):
+    """bf16 products on tensor cores; asynchronous copies of weights and of scales: no load is waited for in the loop."""
+    with cross_compiling(arch) as launches:
+        for tokens in (32, 512):
+            run_integers(tokens, kind, group)
+    assert [launch.name for launch in launches] == 2 * FORWARD
+    check_resources(launches, arch)
+    for launch in launches:
+        if launch.name != "combine_kernel":
+            assert launch.wgmma if arch == 90 else launch.tensor_core_instructions
+            assert ".f32.bf16.bf16" in launch.ptx
+            body = loop(launch.ptx)
+            assert "cp.async" in body and "ld.global" not in body
+
+
+def test_integers_of_other_types_and_shapes_compile():
+    with cross_compiling(90) as launches:
+        for tokens in (32, 512):
+            run_integers(tokens, "int4", dtype=torch.float32, hidden=128, width=64)
+            run_integers(tokens, "int8", dtype=torch.float16, hidden=192, width=96)
+            run_integers(tokens, "int4", 64, dtype=torch.float16, hidden=64, width=320)
+            run_integers(tokens, "int8", 128)
+    check_resources(launches, 90)
+
+
+def test_integers_lengths_do_not_recompile():
+    """Two families of tiles for all lengths."""
+    with cross_compiling(90) as launches:
+        for tokens in (1, 2, 16, 33, 256, 257, 1000, 2048):
+            run_integers(tokens, "int8")
+    assert [len(unique([x for x in launches if x.name == name])) for name in FORWARD] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_keep_enough_bytes_in_flight(kind):
+    """All stages but the one in use, of the programs of a multiprocessor: 33 KiB are needed for 4.3 TB/s."""
+    with cross_compiling(90) as launches:
+        run_integers(32, kind)
+    for launch in launches[:2]:
+        programs = min(227 * 1024 // launch.shared, 65536 // (launch.registers * 32 * launch.num_warps))
+        assert programs >= 2 and programs * launch.shared * 2 // 3 > 33 * 1024
+        assert launch.grid[0] >= 4 * 132 and launch.grid[0] % 4 == 0

@@ -209,3 +209,117 @@ def test_fp8_operator_contract(device):
     args = (x, *routing[1:], gate_up.data, gate_up.scales, down.data, down.scales)
     op = torch.ops.llada_kernels_triton.moe_mlp_fp8
     torch.library.opcheck(op, args, test_utils="test_faketensor")  # the others compare arguments, which float8 cannot do
+
+
+INTEGERS = [("int8", "int4"), ("int4", "int8")]
+INTEGER_CASES = [  # tokens, experts, top_k, hidden, width, experts in use, group
+    (1, 1, 1, 32, 32, None, 32),
+    (1, 8, 4, 128, 64, None, 64),
+    (0, 4, 2, 64, 64, None, 32),
+    (9, 6, 2, 256, 128, None, 32),
+    (9, 4, 2, 128, 256, None, 64),
+    (33, 16, 4, 96, 32, None, 32),
+    (40, 5, 2, 160, 96, [1, 3], 32),
+    (40, 5, 2, 192, 64, [1, 3], 64),
+    (110, 3, 1, 128, 128, [2], 128),
+    (100, 3, 2, 96, 128, None, 32),
+]
+
+
+def integers(case, dtype, device, kinds):
+    tokens, experts, top_k, hidden, width, only, group = case
+    x, ids, weights, *pair = (t.to(device) for t in inputs(tokens, experts, top_k, hidden, width, dtype, only))
+    quantized = [QuantizedExperts.quantize(w, kind, group) for w, kind in zip(pair, kinds, strict=True)]
+    return x, Routing.from_topk(ids, weights, experts), *quantized
+
+
+@pytest.mark.parametrize("kinds", INTEGERS)
+@pytest.mark.parametrize("case", INTEGER_CASES)
+def test_integers_follow_the_reference(case, kinds, dtype, device):
+    """As exact as PyTorch with weights rounded to the dtype of x; the same bits twice."""
+    x, routing, *pair = integers(case, dtype, device, kinds)
+    out = moe_mlp(x, routing, *pair, backend="triton")
+    same = moe_mlp(x, routing, *pair, backend="reference")
+    rounded = [q.dequantize(dtype).double() for q in pair]
+    exact = official(x.double(), routing.topk_ids, routing.topk_weights.double(), *rounded)
+    assert out.dtype == dtype and out.shape == x.shape
+    assert_as_exact_as(out, same, exact)
+    assert torch.equal(out, moe_mlp(x, routing, *pair, backend="triton"))
+
+
+def stored(kind, levels, scales):
+    """QuantizedExperts of these integers [E, N, K]."""
+    if kind == "int8":
+        return QuantizedExperts(kind, levels.to(torch.int8), scales)
+    low, high = (levels + 8).to(torch.uint8).unflatten(-1, (-1, 2, 16)).unbind(-2)
+    return QuantizedExperts(kind, (low | high << 4).flatten(-2), scales)
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_each_integer_weight_is_rounded_once(kind, group, tokens, dtype, device):
+    """Tokens that select a feature each, whose activation is 32: what comes out is 32 times a column of w_down, in its last bit.
+
+    All integers there are, with scales of either sign, in fp16 down to subnormal results and else over 200 powers of two.
+    """
+    width, hidden = 192, 256
+    lowest = -8 if kind == "int4" else -128
+    gate_up = torch.zeros(1, 2 * width, hidden)
+    gate_up[0, :width, hidden - 1] = 4
+    gate_up[0, width:, :width] = torch.eye(width)
+    scales = torch.ones(1, 2 * width, hidden // group)
+    scales[0, :width] = 8.0  # gates are 32 = silu(32) in every dtype
+    w_gate_up = stored(kind, gate_up, scales.bfloat16())
+    levels = torch.randint(lowest, -lowest, (1, hidden, width)).float()
+    low, high = (-26, 3) if dtype == torch.float16 else (-100, 100)
+    powers = torch.randint(low, high, (1, hidden, width // group)).float()
+    w_down = stored(kind, levels, (torch.exp2(powers) * (1 + torch.rand(powers.shape)) * (torch.randn(powers.shape).sign())).bfloat16())
+    features = torch.randperm(width)[:tokens]
+    x = torch.zeros(tokens, hidden)
+    x[:, hidden - 1] = 1
+    x[torch.arange(tokens), features] = 1
+    routing = Routing.from_topk(torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1), 1)
+    pair = [q._replace(data=q.data.to(device), scales=q.scales.to(device)) for q in (w_gate_up, w_down)]
+    out = moe_mlp(x.to(device, dtype), Routing(*(t.to(device) for t in routing)), *pair, backend="triton")
+    expected = levels.unflatten(-1, (-1, group)) * w_down.scales.float()[..., None]
+    expected = expected.flatten(-2).to(dtype)[0, :, features].T * 32
+    assert torch.equal(out.cpu(), expected)
+
+
+def test_integers_of_any_strides(device):
+    x, routing, *pair = integers((20, 4, 2, 64, 64, None, 32), torch.float32, device, INTEGERS[1])
+    out = moe_mlp(x, routing, *pair, backend="triton")
+    strided = [q._replace(data=q.data.mT.contiguous().mT, scales=q.scales.mT.contiguous().mT) for q in pair]
+    assert not any(t.is_contiguous() for q in strided for t in q[1:])
+    assert torch.equal(out, moe_mlp(x.T.contiguous().T, routing, *strided, backend="triton"))
+
+
+def test_integers_write_every_output(dtype, device, monkeypatch):
+    x, routing, *pair = integers((20, 6, 2, 96, 64, [1, 2, 5], 32), dtype, device, INTEGERS[0])
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        t = new_empty(self, *args, **kwargs)
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    assert moe_mlp(x, routing, *pair, backend="triton").isfinite().all() and x.new_empty(1).isnan()
+
+
+@pytest.mark.parametrize("kinds", INTEGERS)
+def test_integers_operator_contract_and_compile(kinds, device):
+    x, routing, *pair = integers((6, 4, 2, 64, 32, None, 32), torch.float32, device, kinds)
+    tensors = [t for q in pair for t in (q.data, q.scales)]
+    torch.library.opcheck(torch.ops.llada_kernels_triton.moe_mlp_integers, (x, *routing[1:], *tensors))
+    run = torch.compile(lambda x, *pair: moe_mlp(x, routing, *pair, backend="triton").sin(), fullgraph=True)
+    torch.testing.assert_close(run(x, *pair), moe_mlp(x, routing, *pair, backend="triton").sin(), rtol=1e-6, atol=1e-6)
+
+
+def test_integers_that_are_not_served(device):
+    x, routing, *pair = integers((3, 4, 2, 96, 96, None, 32), torch.float32, device, INTEGERS[0])
+    wide = pair[0]._replace(scales=pair[0].scales[..., :1].contiguous())
+    with pytest.raises(ValueError, match="triton serves groups of 32, 64, 128 columns, got 96"):
+        moe_mlp(x, routing, wide, pair[1], backend="triton")
+    with pytest.raises(ValueError, match="x: expected no gradient to be wanted with quantised experts"):
+        moe_mlp(x.requires_grad_(), routing, *pair, backend="triton")
