@@ -140,6 +140,12 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for options in ({}, {"editing_threshold": 0.1}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3}):
             a, b = (threshold_unmask(logits, tokens, 5, 0.4, **options, backend=backend) for backend in ("native", "reference"))
             assert all(torch.equal(x, y) for x, y in zip(a, b)), (vocab, options)  # confidences too are fixed to the bit
+logits = torch.randn(1, 1, 1500)
+logits.view(torch.int32)[0, 0, 700] = -1  # a NaN of ones only
+try:
+    raise AssertionError(threshold_unmask(logits, torch.zeros(1, 1, dtype=torch.int64), 5, 0.4, backend="native"))
+except ValueError as error:
+    assert "got NaN in row 0, position 0" in str(error)
 for experts, groups in ((8, 2), (60, 4), (256, 8)):
     for score in ("sigmoid", "softmax"):
         a, b = (moe_routing(torch.linspace(-2, 2, 33 * experts).sin().view(33, experts) * 3, None, 2, groups, 2, 2.5, score, backend=n)

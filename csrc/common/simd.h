@@ -147,6 +147,15 @@ inline Vec fused_multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// x * 2^k for a whole number k, neither operand nor result subnormal; NaN stays NaN.
+inline Vec times_power_of_two(Vec x, Vec k) {
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (Vec)_mm512_scalef_ps((__m512)x, (__m512)k);
+#else
+  return x * (Vec)((__builtin_convertvector(k, VecI) + 127) << 23);
+#endif
+}
+
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 using Vec4 = float __attribute__((vector_size(16)));

@@ -74,13 +74,13 @@ constexpr int kSumLanes = 64;         // as _LANES in reference.py: lane l of a 
 template <int N>
 inline void exponentials(Vec (&z)[N], Vec low) {
   const Vec magic = splat(12582912.f), log2e = splat(1.44269504f);  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  Vec shifted[N], p[N];
+  Vec k[N], p[N];
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) z[i] = vmax(low, z[i]);
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) shifted[i] = fused_multiply_add(z[i], log2e, magic);
+  for (int i = 0; i < N; ++i) k[i] = fused_multiply_add(z[i], log2e, magic) - magic;
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) z[i] = fused_multiply_add(z[i], log2e, magic - shifted[i]);
+  for (int i = 0; i < N; ++i) z[i] = fused_multiply_add(z[i], log2e, -k[i]);
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) p[i] = splat(1.3264727e-3f);
 #pragma GCC unroll 5
@@ -88,7 +88,7 @@ inline void exponentials(Vec (&z)[N], Vec low) {
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) p[i] = fused_multiply_add(p[i], z[i], splat(coefficient));
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) z[i] = (Vec)((VecI)p[i] + ((VecI)shifted[i] << 23));  // times 2^integer
+  for (int i = 0; i < N; ++i) z[i] = times_power_of_two(p[i], k[i]);
 }
 
 inline bool any(VecI v) {
@@ -450,7 +450,7 @@ void reduce_logits(const ThresholdUnmaskParams& p, PartSum* sums, Best* best, in
     if (at.run < end && size(at) == kPart) {
       // The fourth part from here is fetched: hardware stops at the end of a page, which is one part of floats. One thread took 0.96 ms
       // for 20 MB from memory with the second part, 0.70 ms with the fourth.
-      const T* fetched = std::min(logits(at) + 3 * kPart, last);
+      const T* fetched = last - std::max<int64_t>(0, last - logits(at) - 3 * kPart);
       Largest<T> largest(logits(at), scratch[turn]);
       sum = reduce(part, first, p.mask_token_id, own, [&](int64_t i) {
         constexpr int64_t kLine = 64 / sizeof(T);

@@ -146,6 +146,14 @@ def test_bad_logits_are_named(backend, value, got):
 
 
 @pytest.mark.parametrize("backend", NAMES)
+def test_weights_of_ones_in_every_bit_are_nan(backend):
+    hidden, lm_head, tokens = torch.randn(1, 3, 8), torch.randn(2000, 8), torch.full((1, 3), 7)
+    lm_head.view(torch.int32)[1500] = -1
+    with pytest.raises(ValueError, match="logits: expected finite numbers, got NaN.* in row 0, position 0"):
+        lm_head_unmask(hidden, lm_head, tokens, 7, 0.5, backend=backend)
+
+
+@pytest.mark.parametrize("backend", NAMES)
 def test_non_contiguous_inputs(backend):
     hidden, lm_head, tokens, mask = integers((4, 6, 8, 30), torch.float32)
     editable = torch.rand(4, 6) < 0.5

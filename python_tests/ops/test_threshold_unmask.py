@@ -326,6 +326,9 @@ def test_reference_fuses_multiply_and_add():
             near = [total, *(torch.nextafter(total, torch.tensor(side)) for side in (-torch.inf, torch.inf))]
             even = [int(n.view(torch.int32)) % 2 for n in near]
             assert min(zip([abs(Fraction(n.item()) - exact) for n in near], even, range(3), strict=True))[2] == 0
+    inf, one = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38]), torch.full((4,), 3.0)
+    assert reference.fused_multiply_add(inf, one, 1.0).tolist() == [torch.inf, -torch.inf] * 2
+    assert reference.fused_multiply_add(one, one, -torch.inf).tolist() == [-torch.inf] * 4
 
 
 def test_exponential_and_grid():
@@ -363,7 +366,9 @@ def test_numbers_become_tensors_once():
         rules(logits, 0.5, True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = rules(mode.from_tensor(logits), 0.5, 2)
-    assert isinstance(fake.min_unmask, FakeTensor) and not isinstance(rules(logits, 0.5, 2).min_unmask, FakeTensor)
+        rules(logits, 0.5, 3)
+    assert isinstance(fake.min_unmask, FakeTensor)
+    assert not any(isinstance(rules(logits, 0.5, least).min_unmask, FakeTensor) for least in (2, 3))
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -381,6 +386,16 @@ def test_bad_logits_are_named(backend, value, got):
         logits[1, 2, 7] = value  # the mask token's own logit
         with pytest.raises(ValueError, match="row 1, position 2"):
             threshold_unmask(logits, tokens, 7, 0.5, temperature=1.0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1, -0x3FFFFF])
+def test_every_nan_is_one(backend, bits):
+    """Whatever its sign and its low bits: -1 is memory full of ones."""
+    logits, tokens = torch.randn(3, 4, 40), torch.full((3, 4), 7)
+    logits.view(torch.int32)[1, 2, 33] = bits
+    with pytest.raises(ValueError, match="logits: expected finite numbers, got NaN.* in row 1, position 2"):
+        threshold_unmask(logits, tokens, 7, 0.5, backend=backend)
 
 
 def test_bad_logits_set_a_flag_where_raising_would_synchronise():
@@ -474,7 +489,10 @@ def test_errors():
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             threshold_unmask(**(usual | arguments))
-    with pytest.raises(TypeError, match="threshold: expected a number or one per row, got str"):
-        threshold_unmask(**(usual | {"threshold": "high"}))
+    for name, value, kind in (("threshold", "high", "str"), *((n, None, "NoneType") for n in ("threshold", "min_unmask", "temperature"))):
+        with pytest.raises(TypeError, match=f"{name}: expected a number or one per row, got {kind}"):
+            threshold_unmask(**(usual | {name: value}))
+    with pytest.raises(TypeError, match="forward_index: expected a number or one per row, got NoneType"):
+        threshold_unmask(**usual, temperature=1.0, forward_index=None)
     with pytest.raises(ValueError, match="native serves float32, bfloat16, got torch.float64"):
         threshold_unmask(**(usual | {"logits": logits.double()}), backend="native")
