@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._common import check_same, check_shape, check_tensor
 
@@ -83,15 +84,13 @@ def rule_arguments(
             check_shape(other, y, rows, length)
             check_same(other, y, name, x, dtype=False)
 
-    greedy = _is_number(temperature, 0)
+    draw = None if _is_number(temperature, 0) else (temperature, top_k, top_p, seed, forward_index)
     # A GPU's could belong to a graph that is being captured.
-    keep = greedy and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    keep = draw is None and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
     if keep and _PLAIN.issuperset(map(type, (threshold, editing_threshold, min_unmask))):
         *numbers, last = _kept_numbers(rows, threshold, editing_threshold, min_unmask)
-    elif greedy:
-        *numbers, last = _numbers(rows, x.device, threshold, editing_threshold, min_unmask)
     else:
-        *numbers, last = _numbers(rows, x.device, threshold, editing_threshold, min_unmask, temperature, top_k, top_p, seed, forward_index)
+        *numbers, last = _numbers(rows, x.device, threshold, editing_threshold, min_unmask, draw)
     editable, positions = (None if y is None else y.contiguous() for y in (editable, positions))
     return Rules._make((tokens.contiguous(), int(mask_token_id), *numbers, editable, positions, last))
 
@@ -102,26 +101,26 @@ def _numbers(
     threshold: PerRow,
     editing_threshold: PerRow | None,
     min_unmask: PerRow,
-    temperature: PerRow | None = None,
-    top_k: PerRow | None = None,
-    top_p: PerRow | None = None,
-    seed: PerRow | None = None,
-    forward_index: PerRow | None = None,
-) -> tuple[Any, ...]:
-    """The fields of Rules that have these names, in this order. Temperature None: there is nothing to draw."""
+    draw: tuple[PerRow, PerRow | None, PerRow | None, PerRow | None, PerRow] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The fields of Rules that are a number per row, in their order. ``draw``: temperature, top_k, top_p, seed and forward_index."""
 
-    def per_row(name: str, value: PerRow | None, dtype: torch.dtype, low: float, high: float) -> Tensor | None:
-        return None if value is None else _per_row(name, value, dtype, low, high, rows, device)
+    def per_row(name: str, value: PerRow, dtype: torch.dtype, low: float, high: float) -> Tensor:
+        return _per_row(name, value, dtype, low, high, rows, device)
 
     inf = math.inf
-    if temperature is not None and seed is None:
+    editing = None
+    if editing_threshold is not None:
+        low = -inf if isinstance(editing_threshold, Tensor | Sequence) else 0.0
+        editing = per_row("editing_threshold", editing_threshold, torch.float32, low, 1)
+    greedy = per_row("threshold", threshold, torch.float32, 0, 1), editing, per_row("min_unmask", min_unmask, torch.int64, 0, inf)
+    if draw is None:
+        return (*greedy, None, None, None, None, None)
+    temperature, top_k, top_p, seed, forward_index = draw
+    if seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,)).to(device).expand(rows)
     return (
-        per_row("threshold", threshold, torch.float32, 0, 1),
-        per_row(
-            "editing_threshold", editing_threshold, torch.float32, -inf if isinstance(editing_threshold, Tensor | Sequence) else 0.0, 1
-        ),
-        per_row("min_unmask", min_unmask, torch.int64, 0, inf),
+        *greedy,
         per_row("temperature", temperature, torch.float64, 0, inf),
         None if top_k is None or _is_number(top_k, 0) else per_row("top_k", top_k, torch.int64, 0, inf),
         None if top_p is None or _is_number(top_p, 1) else per_row("top_p", top_p, torch.float64, 0, 1),
@@ -134,10 +133,10 @@ _PLAIN = frozenset((int, float, type(None)))
 
 
 @functools.lru_cache(maxsize=64, typed=True)
-def _kept_numbers(rows: int, threshold: float, editing_threshold: float | None, min_unmask: int) -> tuple[Any, ...]:
+def _kept_numbers(rows: int, threshold: float, editing_threshold: float | None, min_unmask: int) -> tuple[Tensor | None, ...]:
     """:func:`_numbers` on a CPU at temperature 0, the same tensors for all calls: a decoding loop asks thousands of times, and checking
     and filling took a tenth of a call."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _disable_current_modes():  # calls under other modes get them as well
         return _numbers(rows, torch.device("cpu"), threshold, editing_threshold, min_unmask)
 
 

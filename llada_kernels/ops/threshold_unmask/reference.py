@@ -62,7 +62,7 @@ def exponential(z: Tensor) -> Tensor:
 
 
 def fused_multiply_add(a: Tensor, b: Tensor, c: float | Tensor) -> Tensor:
-    """a * b + c, rounded once, of fp32 tensors and a number that fp32 holds. NaN stays NaN."""
+    """a * b + c, rounded once, of fp32 tensors and a number that fp32 holds."""
     product = a.double() * b.double()  # exact
     total = product + c
     error = (product - (total - (total - product))) + (c - (total - product))  # of that sum, exact
@@ -70,7 +70,7 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: float | Tensor) -> Tensor:
     # round the exact sum the one with an odd last bit is on its right side.
     bits = total.view(torch.int64)
     step = torch.where((error > 0) == (total > 0), 1, -1)
-    odd = torch.where((error != 0) & (bits & 1 == 0), bits + step, bits)
+    odd = torch.where((error != 0) & error.isfinite() & (bits & 1 == 0), bits + step, bits)
     return odd.view(torch.float64).float()
 
 

@@ -24,6 +24,7 @@ if _triton.interpreting and tuple(int(part) for part in version("triton").split(
     from llada_kernels.ops.threshold_unmask import reference
 
     def create_fma(_: object, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        assert z.dtype.scalar.is_fp32()
         a, b, c = (torch.from_numpy(t) for t in np.broadcast_arrays(x.data, y.data, z.data))
         return TensorHandle(reference.fused_multiply_add(a, b, c).numpy(), z.dtype.scalar)
 
