@@ -124,9 +124,11 @@ class Flash:
             softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0,
             return_softmax_lse=False,
         ):  # fmt: skip
-            assert k is None and v is None and page_table.dtype == torch.int32 and len(page_table) == len(q)
-            whole = (x[page_table.long()].flatten(1, 2) for x in (k_cache, v_cache))
-            return cached_attention(q, *whole, cache_seqlens, causal)
+            assert k is None and v is None
+            if page_table is not None:
+                assert page_table.dtype == torch.int32 and len(page_table) == len(q)
+                k_cache, v_cache = (x[page_table.long()].flatten(1, 2) for x in (k_cache, v_cache))
+            return cached_attention(q, k_cache, v_cache, cache_seqlens, causal)
 
         stand_in(monkeypatch, "flash_attn", flash_attn_varlen_func=varlen2, flash_attn_with_kvcache=kvcache2, __version__="2.8.3")
         stand_in(monkeypatch, "flash_attn_interface", flash_attn_varlen_func=varlen3, flash_attn_with_kvcache=kvcache3)
@@ -254,7 +256,8 @@ def test_a_run_with_other_bits_is_seen_and_shown():
 def test_decoding_over_the_caches_of_other_projects(monkeypatch):
     Flash(monkeypatch)
     stand_in(monkeypatch, "flashinfer", BatchPrefillWithPagedKVCacheWrapper=PagedWrapper, __version__="0.6.18")
-    names = ("FlashAttention 2, contiguous cache", "FlashAttention 3, paged cache", "FlashInfer, paged cache")
+    flash = ("FlashAttention 2, contiguous cache", "FlashAttention 3, contiguous cache", "FlashAttention 3, paged cache")
+    names = (*flash, "FlashInfer, paged cache")
     expect_times(next(attention.decode(SETTINGS)), *names)
     expect_times(attention.decode_case("three rows", 16, 3, 96, SETTINGS), *names)
 

@@ -288,7 +288,10 @@ def decode_case(name: str, heads: int, rows: int, context: int, settings: Settin
     if 4 * min(512, tokens) * rows * context * heads <= REFERENCE_SCORES:
         variants.append(Variant("reference", lambda: ours("reference")))
     variants += others.some(
-        others.flash_decode(2, cached, settings), others.flash_decode(3, cached, settings), others.flashinfer_decode(cached, settings)
+        others.flash_decode(2, cached, settings),
+        others.flash_decode(3, cached, settings),
+        others.flash_decode(3, cached, settings, paged=True),
+        others.flashinfer_decode(cached, settings),
     )
     size = 2.0 * rows * context * kv_heads * DIM * q.element_size()
     shapes = {"rows": rows, "new_tokens": BLOCK, "context": context, "heads": f"{heads}:{kv_heads}", "head_dim": DIM, "page": BLOCK}

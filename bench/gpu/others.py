@@ -135,25 +135,25 @@ class Cached:
         return keys, values
 
 
-def flash_decode(generation: int, cached: Cached, settings: Settings) -> Variant | None:
-    """``flash_attn_with_kvcache`` of flash_attn 2.8 or of flash_attn_interface 3.0.
+def flash_decode(generation: int, cached: Cached, settings: Settings, paged: bool = False) -> Variant | None:
+    """``flash_attn_with_kvcache`` of flash_attn 2.8 or of flash_attn_interface 3.0, over a contiguous cache or over our pages.
 
-    The former wants pages of a multiple of 256 keys: it gets a contiguous cache, the latter our pages.
+    The former wants pages of a multiple of 256 keys: ours are for the latter only.
     """
     label = f"FlashAttention {generation}"
     if not installed(label, settings):
         return None
     lengths = torch.full((len(cached.table),), cached.length, dtype=torch.int32, device=settings.device)
-    keys, values = cached.contiguous() if generation == 2 else cached.pages
-    paged = {} if generation == 2 else {"page_table": cached.table}
+    keys, values = cached.pages if paged else cached.contiguous()
+    table = {"page_table": cached.table} if paged else {}
 
     def run() -> Tensor:
         function = importlib.import_module(PACKAGES[label]).flash_attn_with_kvcache
         with torch.no_grad():
-            out: Tensor = function(cached.queries, keys, values, cache_seqlens=lengths, causal=False, **paged)
+            out: Tensor = function(cached.queries, keys, values, cache_seqlens=lengths, causal=False, **table)
         return out.flatten(0, 1)
 
-    return Variant(f"{label}, {'contiguous' if generation == 2 else 'paged'} cache", run, capture=True)
+    return Variant(f"{label}, {'paged' if paged else 'contiguous'} cache", run, capture=True)
 
 
 def flashinfer_decode(cached: Cached, settings: Settings) -> Variant | None:

@@ -111,7 +111,9 @@ class QuantizedExperts(NamedTuple):
     @torch.no_grad()
     def _fill(self, expert: int, rows: slice, weight: Tensor) -> Tensor:
         """Quantise into some rows of one expert without looking at a value; their scales, which are finite if the weights are."""
-        begin, end, _ = rows.indices(self.data.shape[1])
+        begin, end, step = rows.indices(self.data.shape[1])
+        if step != 1:
+            raise ValueError(f"rows: expected a slice without a step, got {rows}")
         check_shape("weight", weight, self.data[expert, rows].shape[0], self.shape[2])
         height = _height(self.kind)
         if begin % height or end % height:

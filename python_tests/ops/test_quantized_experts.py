@@ -160,6 +160,8 @@ def test_values_are_looked_at_once_and_do_not_depend_on_the_chunks(kind, monkeyp
         again.set_rows(1, slice(128, 384), weight[0, :256])
     assert len(reads) == 1
     assert torch.equal(again.data[1, 128:].view(torch.uint8), whole.data[0, :256].view(torch.uint8))
+    with pytest.raises(ValueError, match="rows: expected a slice without a step, got slice"):
+        again.set_rows(1, slice(0, 256, 2), weight[0, :128])
     weight[1, 200, 7] = float("nan")
     with pytest.raises(ValueError, match="weight: expected finite values, got inf or NaN in expert 1"):
         QuantizedExperts.quantize(weight, kind)
