@@ -77,7 +77,9 @@ def test_interrupt_is_clean(monkeypatch, capsys):
 
 def test_ctrl_c_in_the_demo(tmp_path):
     """SIGINT to the real program in the middle of training: status 130, a message, no traceback."""
-    code = "import sys; from llada_kernels.cli import main; sys.exit(main(['demo', '--quick', '--output', sys.argv[1]]))"
+    # A shell starts what is to run in the background with SIGINT ignored, and so all that comes of it, perhaps these tests.
+    code = "import signal, sys; from llada_kernels.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "sys.exit(main(['demo', '--quick', '--output', sys.argv[1]]))"
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code, str(tmp_path / "out")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
