@@ -80,16 +80,18 @@ def test_ctrl_c_in_the_demo(tmp_path):
     # A shell starts what is to run in the background with SIGINT ignored, and so all that comes of it, perhaps these tests.
     code = "import signal, sys; from llada_kernels.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "sys.exit(main(['demo', '--quick', '--output', sys.argv[1]]))"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, str(tmp_path / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "architecture" in line:
-            break
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    command = [sys.executable, "-u", "-c", code, str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "architecture" in line:
+                    break
+            time.sleep(1.0)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()  # a demo that goes on would slow down the tests that follow
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
