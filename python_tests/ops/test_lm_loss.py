@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -49,26 +50,27 @@ def run(op, hidden, lm_head, targets, weights, entropy, temperature, grads):
     return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, (h, w), incoming)), correct
 
 
-@pytest.mark.parametrize("backend", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("entropy", "temperature"), ENTROPIES)
-def test_values_and_gradients(backend, dtype, shape, entropy, temperature):
-    hidden, lm_head, targets, weights = case(shape, dtype)
-    grads = [torch.randn(()), torch.randn(shape[0]), torch.randn(shape[0])]
-
-    def ours(*args):
-        return lm_loss(*args, backend=backend)
-
-    settings = (targets, weights, entropy, temperature, grads)
+def check_values_and_gradients(ours, tensors, entropy, temperature):
+    """Against the transcription in fp64, as exact as the transcription in the dtype of hidden. The tensors are those of :func:`case`."""
+    hidden, lm_head, targets, weights = tensors
+    grads = [torch.randn(()), torch.randn(len(hidden)), torch.randn(len(hidden))]
+    settings = (targets, weights, entropy, temperature, [g.to(hidden.device) for g in grads])
     mine, my_correct = run(ours, hidden, lm_head, *settings)
     same, _ = run(transcription, hidden, lm_head, *settings)
     exact, correct = run(transcription, hidden.double(), lm_head.double(), *settings)
     assert torch.equal(my_correct, correct)
     names = ["loss", "token_losses"] + ["entropy"] * bool(entropy) + ["grad_hidden", "grad_lm_head"]
     for name, a, b, c in zip(names, mine, same, exact, strict=True):
-        assert a.dtype == (dtype if name.startswith("grad") else torch.float32)
-        assert_as_exact_as(a, b, c, floor=1e-6 if dtype == torch.float32 else 4e-6, name=name)
+        assert a.dtype == (hidden.dtype if name.startswith("grad") else torch.float32)
+        assert_as_exact_as(a, b, c, floor=1e-6 if hidden.dtype == torch.float32 else 4e-6, name=name)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("entropy", "temperature"), ENTROPIES)
+def test_values_and_gradients(backend, dtype, shape, entropy, temperature):
+    check_values_and_gradients(partial(lm_loss, backend=backend), case(shape, dtype), entropy, temperature)
 
 
 @pytest.mark.parametrize("backend", NAMES)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from llada_kernels.ops.lm_loss import lm_loss
-from llada_kernels.testing import assert_as_exact_as
 
-from ...ops.test_lm_loss import case, run, transcription
+from ...ops.test_lm_loss import case, check_values_and_gradients, run
 
 ENTROPIES = [(None, 1.0), ("all", 2.0), ("correct", 0.5)]
 CASES = [((tokens, width, vocab), *entropy) for tokens, width, vocab in ((1, 8, 2), (7, 17, 11), (140, 24, 70)) for entropy in ENTROPIES]
@@ -19,17 +18,7 @@ def triton(*args):
 
 @pytest.mark.parametrize(("shape", "entropy", "temperature"), CASES)
 def test_values_and_gradients(dtype, device, shape, entropy, temperature):
-    hidden, lm_head, targets, weights = (x.to(device) for x in case(shape, dtype))
-    grads = [torch.randn((), device=device), torch.randn(shape[0], device=device), torch.randn(shape[0], device=device)]
-    settings = (targets, weights, entropy, temperature, grads)
-    mine, my_correct = run(triton, hidden, lm_head, *settings)
-    same, _ = run(transcription, hidden, lm_head, *settings)
-    exact, correct = run(transcription, hidden.double(), lm_head.double(), *settings)
-    assert torch.equal(my_correct, correct)
-    names = ["loss", "token_losses"] + ["entropy"] * bool(entropy) + ["grad_hidden", "grad_lm_head"]
-    for name, a, b, c in zip(names, mine, same, exact, strict=True):
-        assert a.dtype == (dtype if name.startswith("grad") else torch.float32)
-        assert_as_exact_as(a, b, c, floor=1e-6 if dtype == torch.float32 else 4e-6, name=name)
+    check_values_and_gradients(triton, [x.to(device) for x in case(shape, dtype)], entropy, temperature)
 
 
 def test_skipped_positions_are_not_read(device):
