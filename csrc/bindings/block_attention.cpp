@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, con
                                            const Tensor& tiles, const Tensor& order, const Tensor& key_offsets, const Tensor& key_runs,
                                            const Tensor& key_order, int64_t block_n, double scale) {
   BlockAttentionParams p = parameters(q, k, v, context, own, tiles, order, key_offsets, key_runs, key_order, block_n, scale);
-  Tensor out = torch::stable::empty_like(q);
-  Tensor lse = torch::stable::new_empty(q, {p.num_queries, p.heads}, ScalarType::Float);
+  Tensor out = empty_beside(q);
+  Tensor lse = empty_beside(q, {p.num_queries, p.heads}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   block_attention_cpu(p, torch_threads());
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward(const Tensor& grad_o
   check_tensor("lse", lse, ScalarType::Float, {p.num_queries, p.heads});
   p.out = const_cast<void*>(out.const_data_ptr());  // the kernel only reads them
   p.lse = const_cast<float*>(lse.const_data_ptr<float>());
-  Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k), grad_v = torch::stable::empty_like(v);
+  Tensor grad_q = empty_beside(q), grad_k = empty_beside(k), grad_v = empty_beside(v);
   block_attention_backward_cpu(
       {p, grad_out.const_data_ptr(), grad_q.mutable_data_ptr(), grad_k.mutable_data_ptr(), grad_v.mutable_data_ptr()}, torch_threads());
   return {grad_q, grad_k, grad_v};

@@ -44,7 +44,7 @@ Tensor cached_block_attention(const Tensor& q, const Tensor& k_new, const Tensor
   }
   p.max_tile_queries = check_tiles(tiles, order, tokens, tokens, [&](int64_t) { return places; });
 
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = empty_beside(q);
   p.q = q.const_data_ptr(), p.k_new = k_new.const_data_ptr(), p.v_new = v_new.const_data_ptr();
   p.cache_k = cache_k.const_data_ptr(), p.cache_v = cache_v.const_data_ptr();
   p.own = own.const_data_ptr<int32_t>(), p.order = order.const_data_ptr<int32_t>();

@@ -62,7 +62,7 @@ void run_kernel(const char* op, const Tensor& x, int64_t workspace_bytes, Cpu&& 
   if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device, &stream) != 0)
     throw std::runtime_error(std::string(op) + ": this torch gives no CUDA stream");
 #endif
-  Tensor workspace = torch::stable::new_empty(x, {workspace_bytes}, ScalarType::Byte);
+  Tensor workspace = empty_beside(x, {workspace_bytes}, ScalarType::Byte);
   const int error = cuda(workspace.mutable_data_ptr(), stream);
   if (error != 0) throw std::runtime_error(std::string(op) + ": CUDA error " + std::to_string(error) + ": " + cuda_error_text(error));
 #endif

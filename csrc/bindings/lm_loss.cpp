@@ -29,7 +29,7 @@ void check_inputs(const Tensor& hidden, const Tensor& lm_head, const Tensor& tar
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  Tensor x = torch::stable::new_empty(like, shape, dtype);
+  Tensor x = empty_beside(like, shape, dtype);
   torch::stable::zero_(x);
   return x;
 }
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> lm_loss_backward(const Tensor& grad_loss, const Tenso
     if (with_entropy) entropy.push_back(entropy_of == int64_t(EntropyOf::all) || is_correct[i] ? per_entropy[i] : 0.f);
   }
   Tensor grad_hidden = zeros(hidden, {need_hidden ? tokens : 0, width}, hidden.scalar_type());
-  Tensor grad_lm_head = torch::stable::new_empty(lm_head, {need_lm_head ? vocab : 0, width}, hidden.scalar_type());
+  Tensor grad_lm_head = empty_beside(lm_head, {need_lm_head ? vocab : 0, width}, hidden.scalar_type());
   lm_loss_backward_cpu(
       {hidden.scalar_type() == ScalarType::BFloat16, tokens, int64_t(index.size()), width, vocab, float(temperature),
        hidden.const_data_ptr(), lm_head.const_data_ptr(), static_cast<const int64_t*>(targets.const_data_ptr()), index.data(),

@@ -49,8 +49,8 @@ ExpertWeights quantized(const char* data_name, const Tensor& data, const char* s
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& offsets, const Tensor& permutation,
                                    const Tensor& w_gate_up, const Tensor& w_down, bool save) {
   const Sizes s = check_arguments(x, topk_weights, offsets, permutation, w_gate_up, w_down);
-  Tensor out = torch::stable::empty_like(x);
-  Tensor pre_activation = in_huge_pages(torch::stable::new_empty(x, {save ? s.tokens * s.top_k : 0, 2 * s.width}));
+  Tensor out = empty_beside(x);
+  Tensor pre_activation = in_huge_pages(empty_beside(x, {save ? s.tokens * s.top_k : 0, 2 * s.width}));
   moe_mlp_cpu({s.bf16,
                s.tokens,
                s.top_k,
@@ -77,7 +77,7 @@ Tensor moe_mlp_quantized(const Tensor& x, const Tensor& topk_weights, const Tens
   const Sizes s = check_routing(x, topk_weights, offsets, permutation, experts, width);
   const ExpertWeights gate_up = quantized("gate_up_data", gate_up_data, "gate_up_scales", gate_up_scales, experts, 2 * width, s.hidden);
   const ExpertWeights down = quantized("down_data", down_data, "down_scales", down_scales, experts, s.hidden, width);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty_beside(x);
   moe_mlp_cpu({s.bf16, s.tokens, s.top_k, s.experts, s.hidden, s.width, x.const_data_ptr(), topk_weights.const_data_ptr<float>(),
                offsets.const_data_ptr<int32_t>(), permutation.const_data_ptr<int32_t>(), gate_up, down, out.mutable_data_ptr(), nullptr},
               torch_threads());
@@ -92,11 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(const Tensor& grad_o
   const Sizes s = check_arguments(x, topk_weights, offsets, permutation, w_gate_up, w_down);
   check_tensor("grad_out", grad_out, x.scalar_type(), {s.tokens, s.hidden});
   check_tensor("pre_activation", pre_activation, x.scalar_type(), {s.tokens * s.top_k, 2 * s.width});
-  const auto wanted = [](const Tensor& like, bool need) {
-    return need ? in_huge_pages(torch::stable::empty_like(like)) : torch::stable::new_empty(like, {0});
-  };
+  const auto wanted = [](const Tensor& like, bool need) { return need ? in_huge_pages(empty_beside(like)) : empty_beside(like, {0}); };
   Tensor grad_x = wanted(x, need_x), grad_w_gate_up = wanted(w_gate_up, need_w_gate_up), grad_w_down = wanted(w_down, need_w_down);
-  Tensor grad_weights = torch::stable::empty_like(topk_weights);
+  Tensor grad_weights = empty_beside(topk_weights);
   moe_mlp_backward_cpu(
       {s.bf16, s.tokens, s.top_k, s.experts, s.hidden, s.width, grad_out.const_data_ptr(), x.const_data_ptr(),
        topk_weights.const_data_ptr<float>(), offsets.const_data_ptr<int32_t>(), permutation.const_data_ptr<int32_t>(),

@@ -24,10 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_routing(const Tensor& logits, std
   check(block_size == 0 || (expert_capacity >= top_k && expert_capacity <= experts), "expert_capacity: expected ", top_k, " to ", experts,
         ", got ", expert_capacity);
   check(tokens * top_k <= INT32_MAX, "logits: expected at most 2^31 - 1 choices, got ", tokens * top_k);
-  Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Int);
-  Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
-  Tensor offsets = torch::stable::new_empty(logits, {experts + 1}, ScalarType::Int);
-  Tensor permutation = torch::stable::new_empty(logits, {tokens * top_k}, ScalarType::Int);
+  Tensor ids = empty_beside(logits, {tokens, top_k}, ScalarType::Int);
+  Tensor weights = empty_beside(logits, {tokens, top_k});
+  Tensor offsets = empty_beside(logits, {experts + 1}, ScalarType::Int);
+  Tensor permutation = empty_beside(logits, {tokens * top_k}, ScalarType::Int);
   const MoeRoutingParams p{tokens,
                            experts,
                            top_k,
@@ -64,7 +64,7 @@ Tensor moe_routing_backward(const Tensor& grad_weights, const Tensor& logits, co
   const int32_t* ids = topk_ids.const_data_ptr<int32_t>();
   for (int64_t i = 0; !on_cuda(logits) && i < tokens * top_k; ++i)  // a GPU takes the score of an id out of range for 0
     check(ids[i] >= 0 && ids[i] < experts, "topk_ids: expected values in [0, ", experts, "), got ", ids[i]);
-  Tensor grad_logits = torch::stable::empty_like(logits);
+  Tensor grad_logits = empty_beside(logits);
   const MoeRoutingBackwardParams p{tokens,
                                    experts,
                                    top_k,

@@ -15,9 +15,9 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weigh
   check_tensor("x", x, x.scalar_type(), {rows, width}, &beside);
   check_tensor("weight", weight, x.scalar_type(), {width}, &beside);
   if (residual) check_tensor("residual", *residual, x.scalar_type(), {rows, width}, &beside);
-  Tensor y = torch::stable::empty_like(x);
-  Tensor total = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  Tensor y = empty_beside(x);
+  Tensor total = residual ? empty_beside(x) : empty_beside(x, {0});
+  Tensor rstd = empty_beside(x, {rows}, ScalarType::Float);
   const RmsNormParams p{is_bf16,
                         rows,
                         width,
@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, std::optional
   if (grad_total) check_tensor("grad_total", *grad_total, x.scalar_type(), {rows, width}, &beside);
   check_tensor("weight", weight, x.scalar_type(), {width}, &beside);
   check_tensor("rstd", rstd, ScalarType::Float, {rows}, &beside);
-  Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_weight = torch::stable::new_empty(x, {width}, ScalarType::Float);
+  Tensor grad_x = empty_beside(x);
+  Tensor grad_weight = empty_beside(x, {width}, ScalarType::Float);
   const RmsNormBackwardParams p{is_bf16,
                                 rows,
                                 width,

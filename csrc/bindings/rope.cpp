@@ -53,15 +53,13 @@ void run_rope(const char* op, const Tensor& x, const RopeParams& p) {
       [&](void* workspace, void* stream) { return rope_cuda(p, workspace, stream); });
 }
 
-Tensor contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}); }
-
 std::tuple<Tensor, Tensor, Tensor> rope(const Tensor& q, Optional k, const Tensor& cos, const Tensor& sin, Optional q_weight,
                                         Optional k_weight, double eps) {
   RopeParams p = common("q", q, "k", k, cos, sin, q_weight, k_weight);
   p.eps = float(eps);
-  Tensor q_out = contiguous_like(q), k_out = k ? contiguous_like(*k) : torch::stable::new_empty(q, {0});
+  Tensor q_out = empty_beside(q), k_out = k ? empty_beside(*k) : empty_beside(q, {0});
   const int64_t q_rows = p.q.tokens * p.q.heads, k_rows = p.k.tokens * p.k.heads;
-  Tensor rstd = torch::stable::new_empty(q, {q_weight ? q_rows + k_rows : 0}, ScalarType::Float);
+  Tensor rstd = empty_beside(q, {q_weight ? q_rows + k_rows : 0}, ScalarType::Float);
   p.q.y = q_out.mutable_data_ptr(), p.k.y = k_out.mutable_data_ptr();
   p.q.rstd = rstd.mutable_data_ptr<float>(), p.k.rstd = p.q.rstd + q_rows;
   run_rope("rope", q, p);
@@ -73,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_backward(const Tensor& grad_q, O
   RopeParams p = common("grad_q", grad_q, "grad_k", grad_k, cos, sin, q_weight, k_weight);
   p.transposed = true;
   const int64_t q_rows = p.q.tokens * p.q.heads, k_rows = p.k.tokens * p.k.heads;
-  Tensor out_q = contiguous_like(grad_q), out_k = grad_k ? contiguous_like(*grad_k) : torch::stable::new_empty(grad_q, {0});
-  Tensor grad_q_weight = torch::stable::new_empty(grad_q, {q_weight ? p.dim : 0}, ScalarType::Float);
-  Tensor grad_k_weight = torch::stable::new_empty(grad_q, {k_weight ? p.dim : 0}, ScalarType::Float);
+  Tensor out_q = empty_beside(grad_q), out_k = grad_k ? empty_beside(*grad_k) : empty_beside(grad_q, {0});
+  Tensor grad_q_weight = empty_beside(grad_q, {q_weight ? p.dim : 0}, ScalarType::Float);
+  Tensor grad_k_weight = empty_beside(grad_q, {k_weight ? p.dim : 0}, ScalarType::Float);
   p.q.y = out_q.mutable_data_ptr(), p.k.y = out_k.mutable_data_ptr();
   if (q_weight) {
     const Beside beside{"grad_q", grad_q};

@@ -24,9 +24,9 @@ class UnmaskCall {
  public:
   UnmaskCall(ThresholdUnmaskParams& p, const Beside& beside, const Tensor& tokens, const Tensor& threshold,
              const OptionalTensor& editing_threshold, const Tensor& min_unmask, const OptionalTensor& editable)
-      : new_tokens_(torch::stable::empty_like(tokens)),
-        confidence_(torch::stable::new_empty(tokens, {p.rows, p.length}, ScalarType::Float)),
-        counts_(torch::stable::new_empty(tokens, {p.rows, 2}, ScalarType::Int)),
+      : new_tokens_(empty_beside(tokens, {p.rows, p.length})),
+        confidence_(empty_beside(tokens, {p.rows, p.length}, ScalarType::Float)),
+        counts_(empty_beside(tokens, {p.rows, 2}, ScalarType::Int)),
         bad_(on_cuda(beside.x) ? 0 : size_t(p.rows * p.length)),
         length_(p.length) {
     check(0 <= p.mask_token_id && p.mask_token_id < p.vocab, "mask_token_id: expected an id in [0, ", p.vocab, "), got ", p.mask_token_id);

@@ -44,23 +44,26 @@ def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool
         raise ValueError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
 
 
-def native_reason(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES, cuda: str | None = None) -> str | None:
+def native_reason(
+    first: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES, cuda: str | None = None
+) -> str | None:
     """Why the native backend cannot serve these tensors, or None. The first one decides about the dtype.
 
     ``cuda`` names the operator whose CUDA kernels serve CUDA tensors; None: there are none.
     """
     if _library.load_error is not None:
         return f"the compiled library is not loaded: {_library.load_error}"
-    for i, x in enumerate(t for t in tensors if t is not None):
-        if x.device.type == "cuda":
-            if cuda is None:
-                return "native has no CUDA kernels for this op"
-            if cuda not in _library.cuda_operators:
-                return "CUDA kernels not built"
-            if torch.cuda.get_device_properties(x.device).major < 8:
-                return f"native serves GPUs of compute capability 8.0 and newer, got {torch.cuda.get_device_name(x.device)}"
-        elif x.device.type != "cpu":
+    for x in (first, *others):
+        if x is None or x.is_cpu:
+            continue
+        if not x.is_cuda:
             return f"native serves CPU tensors, got {x.device}"
-        if i == 0 and x.dtype not in dtypes:
-            return f"native serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}"
+        if cuda is None:
+            return "native has no CUDA kernels for this op"
+        if cuda not in _library.cuda_operators:
+            return "CUDA kernels not built"
+        if torch.cuda.get_device_properties(x.device).major < 8:
+            return f"native serves GPUs of compute capability 8.0 and newer, got {torch.cuda.get_device_name(x.device)}"
+    if first.dtype not in dtypes:
+        return f"native serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {first.dtype}"
     return None

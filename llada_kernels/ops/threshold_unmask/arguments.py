@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._common import check_same, check_shape, check_tensor
@@ -86,12 +87,13 @@ def rule_arguments(
 
     draw = None if _is_number(temperature, 0) else (temperature, top_k, top_p, seed, forward_index)
     # A GPU's could belong to a graph that is being captured.
-    keep = draw is None and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    keep = draw is None and type(x) is Tensor and x.is_cpu and not is_dynamo_compiling()
     if keep and _PLAIN.issuperset(map(type, (threshold, editing_threshold, min_unmask))):
         *numbers, last = _kept_numbers(rows, threshold, editing_threshold, min_unmask)
     else:
         *numbers, last = _numbers(rows, x.device, threshold, editing_threshold, min_unmask, draw)
-    editable, positions = (None if y is None else y.contiguous() for y in (editable, positions))
+    editable = None if editable is None else editable.contiguous()
+    positions = None if positions is None else positions.contiguous()
     return Rules._make((tokens.contiguous(), int(mask_token_id), *numbers, editable, positions, last))
 
 

@@ -16,7 +16,8 @@ def _supports(logits: Tensor, rules: Rules) -> str | None:
 
 
 def _native(logits: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask(logits.detach().contiguous(), *rules)
+    logits = logits.detach() if logits.requires_grad else logits
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask(logits.contiguous(), *rules)
     return result
 
 
