@@ -17,6 +17,7 @@ from .config import Config
 from .masks import DiffusionMask
 from .nn import Block, RMSNorm, RouterOutput
 from .nn.moe import MoE
+from .nn.plain import is_plain
 from .ops._common import compute_dtype
 from .ops.quantized_experts import check_group_size
 from .ops.rope import rope_tables
@@ -176,27 +177,34 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.embed_tokens.weight.device
+        return next(self.embed_tokens.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations."""
-        return self.embed_tokens.weight.dtype
-
-    @property
-    def embed_weight(self) -> Tensor:
-        """[vocab_size, hidden_size], the token embeddings."""
-        return self.embed_tokens.weight
+        return next(self.embed_tokens.parameters()).dtype
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """[vocab_size, hidden_size], what makes logits of hidden states; the embeddings themselves if they are tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[vocab_size, hidden_size], what makes logits of hidden states; the embeddings themselves if they are tied.
+
+        Raises:
+            ValueError: ``lm_head`` is no plain nn.Linear any more, so that its weight alone does not make the logits.
+        """
+        if self.lm_head is None:
+            return self.embed_tokens.weight
+        if not _is_weight(self.lm_head):
+            raise ValueError(
+                "lm_head: expected a plain nn.Linear without bias or hooks where its weight is used without calling it (in fused losses), "
+                f"got {type(self.lm_head).__name__}: merge an adapter into the weight, remove hooks, or use the logits of forward"
+            )
+        return self.lm_head.weight
 
     @property
     def plain_lm_head(self) -> bool:
-        """Whether logits are :meth:`backbone` times ``lm_head_weight`` and nothing else: not where a subclass has its own forward."""
-        return getattr(self.forward, "__func__", None) is Model.forward
+        """Whether logits are :meth:`backbone` times ``lm_head_weight`` and nothing else: not where a subclass has its own forward,
+        or ``lm_head`` is wrapped or has hooks."""
+        return (self.lm_head is None or _is_weight(self.lm_head)) and getattr(self.forward, "__func__", None) is Model.forward
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """int64 [...] -> [..., hidden_size]. The row of ``pad_token_id`` gets no gradient, as in the official code."""
@@ -255,7 +263,8 @@ class Model(nn.Module):
         routers: dict[int, RouterOutput] | None = {} if output_router_logits else None
         hidden = self._run(inputs, cache, routers, states)
         index, shape = _kept(logits_to_keep, inputs)
-        logits = F.linear(hidden if index is None else hidden[index], self.lm_head_weight)
+        kept = hidden if index is None else hidden[index]
+        logits = F.linear(kept, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(kept)
         logits = logits.to(compute_dtype(logits))
         loss = None if labels is None else self._loss(logits, labels, inputs)
         return ModelOutput(
@@ -331,6 +340,10 @@ class Model(nn.Module):
             logits, target = logits[:-1], target[1:].where(inputs.continues(), IGNORED_LABEL)
         total = F.cross_entropy(logits, target, ignore_index=IGNORED_LABEL, reduction="sum")
         return total / (target != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def _is_weight(head: nn.Module) -> bool:
+    return is_plain(head, nn.Linear) and head.bias is None
 
 
 def _router_logits(output: RouterOutput, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

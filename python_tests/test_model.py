@@ -220,7 +220,7 @@ def test_training_layout_is_the_official_one(run, recompute):
         assert error <= 2e-4 * expected.abs().max() + 1e-7, (official, float(error))
         checked += 1
     assert checked > 40 if name == "packed_aligned" else checked == 0, "gradients are stored for one run"
-    assert not m.embed_weight.grad[m.config.pad_token_id].any()
+    assert not m.embed_tokens.weight.grad[m.config.pad_token_id].any()
     total = torch.sqrt(sum(p.grad.double().square().sum() for p in m.parameters()))
     torch.testing.assert_close(float(total), run["grad_total_norm"], rtol=1e-4, atol=0)
 

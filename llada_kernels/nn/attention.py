@@ -14,6 +14,7 @@ from ..ops.block_attention import block_attention
 from ..ops.cached_block_attention import cached_block_attention
 from ..ops.rope import rope
 from .norm import RMSNorm
+from .plain import is_plain
 
 __all__ = ["Attention"]
 
@@ -60,14 +61,16 @@ class Attention(nn.Module):
         Determinism: bitwise repeatable.
         """
         if num_outputs is None:
-            q, k, v = self.qkv(x).view(x.shape[0], sum(self.heads), self.head_dim).split(self.heads, dim=1)
+            q, k, v = self._all(x)
         else:
             assert isinstance(mask, DiffusionMask) and cache is None
             q, k, v = self._fewer_queries(x, num_outputs)
             mask = mask.first_queries(num_outputs)
-        if self.q_norm is not None and self.k_norm is not None:
+        if is_plain(self.q_norm, RMSNorm) and is_plain(self.k_norm, RMSNorm) and self.q_norm.eps == self.k_norm.eps:
             q, k = rope(q, cos, sin, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         else:
+            q = q if self.q_norm is None else self.q_norm(q)
+            k = k if self.k_norm is None else self.k_norm(k)
             q, k = rope(q, cos, sin, k)
         if cache is None:
             out = block_attention(q, k, v, mask)
@@ -78,8 +81,16 @@ class Attention(nn.Module):
             cache.record(self.layer, k, v)
         return self.dense(out.reshape(q.shape[0], -1))
 
+    def _all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all tokens."""
+        q, k, v = self.qkv(x).view(x.shape[0], sum(self.heads), self.head_dim).split(self.heads, dim=1)
+        return q, k, v
+
     def _fewer_queries(self, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the first ``count`` tokens, keys and values of all."""
+        if not is_plain(self.qkv, nn.Linear):
+            q, k, v = self._all(x)
+            return q[:count], k, v
         sizes = [self.heads[0] * self.head_dim, 2 * self.heads[1] * self.head_dim]
         weights = self.qkv.weight.split(sizes)
         biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)

@@ -12,6 +12,7 @@ from ..masks import DiffusionMask
 from .attention import Attention
 from .moe import GatedMLP, MoE, RouterOutput
 from .norm import RMSNorm
+from .plain import is_plain
 
 __all__ = ["Block"]
 
@@ -25,8 +26,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.attention = Attention(config, layer, dtype, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.has_experts = config.moe_layers[layer]  # what an adapter around the MLP would hide
         self.mlp: MoE | GatedMLP
-        if config.moe_layers[layer]:
+        if self.has_experts:
             self.mlp = MoE(config, dtype, device)
         else:
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, device)
@@ -49,8 +51,14 @@ class Block(nn.Module):
         Determinism: bitwise repeatable.
         """
         attended = self.attention(self.input_layernorm(x), cos, sin, mask, cache, num_outputs)
-        y, x = self.post_attention_layernorm.add(attended, x if num_outputs is None else x[:num_outputs])
-        if isinstance(self.mlp, GatedMLP):
+        if num_outputs is not None:
+            x = x[:num_outputs]
+        if is_plain(self.post_attention_layernorm, RMSNorm):
+            y, x = self.post_attention_layernorm.add(attended, x)
+        else:
+            x = attended + x
+            y = self.post_attention_layernorm(x)
+        if not self.has_experts:
             return x + self.mlp(y)
 
         def record(output: RouterOutput) -> None:

@@ -93,7 +93,7 @@ def test_a_single_bad_step_is_survived(monkeypatch):
 
 def test_embedding_noise_falls_to_zero_over_its_share_of_the_run():
     trainer = Trainer(tiny_model(), tiny_data(), config(steps=100, mask_noise_fraction=0.02))
-    rms = float(trainer.model.embed_weight.detach().pow(2).mean().sqrt())
+    rms = float(trainer.model.embed_tokens.weight.detach().pow(2).mean().sqrt())
     assert [trainer._embedding_sigma(s) for s in (0, 1, 2, 50)] == pytest.approx([rms, rms / 2, 0.0, 0.0])
     assert Trainer(tiny_model(), tiny_data(), config(objective="ar"))._embedding_sigma(0) == 0.0
 
