@@ -136,9 +136,7 @@ class Train:
 
         model, tokenizer = Model.from_pretrained(self.model), _tokenizer(self.model)
         if self.objective == "diffusion" and model.config.causal:
-            parent = model
-            model = Model(parent.config.as_diffusion(), dtype=parent.dtype)
-            model.load_state_dict(parent.state_dict(), assign=True)
+            model = model.as_diffusion()
         end = [] if model.config.eos_token_id is None else [model.config.eos_token_id]
         documents = [[*tokenizer.encode(p.read_text(encoding="utf-8")).ids, *end] for p in self.texts]
         data = PackedDataset(documents, self.row_tokens, seed=self.seed)

@@ -155,6 +155,27 @@ class Model(nn.Module):
             layer.quantize(kind, group_size)
         return self.requires_grad_(False)
 
+    def as_diffusion(self, mask_token_id: int | None = None) -> Model:
+        """The block-diffusion model to train from these weights: an autoregressive parent reads as a LLaDA2 model.
+
+        The result shares its weights with this model (no memory, and training it changes both); only the configuration differs. It
+        predicts token i at position i, which the parent did not: see :func:`llada_kernels.training.wsd_plan` for its training. The
+        generation config is not taken over: the parent's may stop at the mask token.
+
+        Args:
+            mask_token_id: None keeps the present one.
+
+        Raises:
+            ValueError: no mask token is known, the family has no diffusion counterpart, or the experts are quantised.
+        """
+        kind = next((b.mlp.expert_kind for b in self.layers if isinstance(b.mlp, MoE) and b.mlp.expert_kind), None)
+        if kind is not None:
+            raise ValueError(f"model: expected weights that are not quantised, got {kind} experts")
+        result = Model(self.config.as_diffusion(mask_token_id), dtype=self.dtype, device="meta")
+        result.load_state_dict(self.state_dict(), assign=True)
+        result.gradient_checkpointing = self.gradient_checkpointing
+        return result.train(self.training)
+
     def save_pretrained(self, path: str | os.PathLike[str], layout: str = "per_expert", max_shard_size: int | str = "5GB") -> None:
         """Write an official checkpoint; :meth:`from_pretrained` reads it back bitwise.
 

@@ -139,9 +139,7 @@ class Demo:
         self.display.heading("Conversion to block diffusion")
         config = self._train_config("diffusion", self.scale.conversion_steps)
         self.display.line(wsd_plan(self.scale.row_tokens, BLOCK).describe(self.scale.conversion_steps))
-        parent = self.model
-        self.model = Model(self.config.as_diffusion(self.mask_id))
-        self.model.load_state_dict(parent.state_dict())
+        self.model = self.model.as_diffusion(self.mask_id)
         self.conversion_metrics, self.curve = self._train(self.model, "conversion", config)
         self.results.after = self._elbo(self.model, self.held_out)
         self.display.line(f"held-out perplexity at block {BLOCK}: {self.results.before:.0f} before, {self.results.after:.1f} after")

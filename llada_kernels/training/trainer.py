@@ -127,8 +127,9 @@ class Trainer:
         extra_files: copied into every checkpoint, so that it is complete for users: tokenizer.json.
 
     Raises:
-        ValueError: ``output`` holds checkpoints and ``resume`` is False, or they are of another run; the data hold tokens outside
-            the vocabulary or, for diffusion, the mask token.
+        ValueError: the model is causal and the objective diffusion (convert it first: :meth:`Model.as_diffusion`) or the reverse;
+            ``output`` holds checkpoints and ``resume`` is False, or they are of another run; the data hold tokens outside the
+            vocabulary or, for diffusion, the mask token.
     """
 
     def __init__(
@@ -145,6 +146,10 @@ class Trainer:
         self.extra_files = tuple(extra_files)
         self.model, self.dataset, self.config, self.on_step = model, dataset, config, on_step
         self.plan, self.learning_rate = Plan(config.plan), config.learning_rate_schedule()
+        if config.objective == "diffusion" and model.config.causal:
+            raise ValueError("model: expected a diffusion model for objective='diffusion', got a causal one; train model.as_diffusion()")
+        if config.objective == "ar" and not model.config.causal:
+            raise ValueError("model: expected a causal model for objective='ar', got a diffusion model, which would generate nonsense")
         if config.objective == "diffusion" and model.config.mask_token_id is None:
             raise ValueError("model: expected a configuration with a mask_token_id, got None")
         dataset.check_tokens(model.config.vocab_size, model.config.mask_token_id if config.objective == "diffusion" else None)

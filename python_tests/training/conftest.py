@@ -28,6 +28,14 @@ def tiny_model(seed=0, **changes):
     return Model(tiny_config(**changes))
 
 
+def tiny_parent(seed=0, **changes):
+    return tiny_model(seed, family="bailing_moe_v2", causal=True, **changes)
+
+
+def tiny_model_for(objective, seed=0):
+    return (tiny_parent if objective == "ar" else tiny_model)(seed)
+
+
 def tiny_data(documents=24, row_tokens=32, prompts=False, seed=0, vocab=59):
     """Documents that can be learnt: arithmetic sequences modulo the vocabulary."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llada_kernels.model import Model
 from llada_kernels.ops.moe_routing import Routing
 from llada_kernels.training import Document, PackedDataset, TrainConfig, Trainer
 from llada_kernels.training.optimizer import AdamW, decays
 from llada_kernels.training.router import ExpertLoads, router_losses, update_expert_bias
 
-from .conftest import tiny_data, tiny_model
+from .conftest import tiny_data, tiny_model, tiny_model_for, tiny_parent
 
 PLAN = ((0.3, 1), (0.4, "full"), (0.3, 4))
 
@@ -31,7 +32,7 @@ def same(a, b):
 
 
 def trained(cfg, data=None, model=None, **options):
-    trainer = Trainer(model or tiny_model(), data or tiny_data(), cfg, **options)
+    trainer = Trainer(model or tiny_model_for(cfg.objective), data or tiny_data(), cfg, **options)
     trainer.run()
     return trainer
 
@@ -50,7 +51,7 @@ def test_accumulation_does_not_change_the_step(options):
     data = PackedDataset([Document(list(range(n)), [i > n // 3 for i in range(n)]) for n in (3, 30, 11, 7, 25, 2, 31)], 32)
     grads = []
     for accumulation in (1, 2, 4):
-        model = tiny_model()
+        model = tiny_model_for(options.get("objective"))
         trainer = Trainer(model, data, config(accumulation=accumulation, plan=((1.0, 4),), **options))
         trainer.optimizer.step = lambda _: None
         trainer.train_step()
@@ -62,9 +63,9 @@ def test_accumulation_does_not_change_the_step(options):
 
 def test_step_without_supervised_tokens_is_skipped_and_counted():
     data = PackedDataset([Document([1, 2, 3], [False] * 3)], 8)
-    model = tiny_model()
-    before = copy.deepcopy(model.state_dict())
     for objective in ("ar", "diffusion"):
+        model = tiny_model_for(objective)
+        before = copy.deepcopy(model.state_dict())
         trainer = trained(config(steps=3, objective=objective), data, model)
         assert trainer.skipped_steps == 3 and trainer.next_sample == 12 and same(model.state_dict(), before)
 
@@ -95,7 +96,7 @@ def test_embedding_noise_falls_to_zero_over_its_share_of_the_run():
     trainer = Trainer(tiny_model(), tiny_data(), config(steps=100, mask_noise_fraction=0.02))
     rms = float(trainer.model.embed_tokens.weight.detach().pow(2).mean().sqrt())
     assert [trainer._embedding_sigma(s) for s in (0, 1, 2, 50)] == pytest.approx([rms, rms / 2, 0.0, 0.0])
-    assert Trainer(tiny_model(), tiny_data(), config(objective="ar"))._embedding_sigma(0) == 0.0
+    assert Trainer(tiny_parent(), tiny_data(), config(objective="ar"))._embedding_sigma(0) == 0.0
 
 
 def test_metrics_follow_plan_and_schedule(tmp_path):
@@ -210,6 +211,30 @@ def test_recomputed_layers_change_nothing_and_count_once():
     assert results[0] == results[2] and same(results[1], results[3])
 
 
+def test_the_model_must_be_of_the_objective(tmp_path):
+    with pytest.raises(ValueError, match=r"model: expected a diffusion model for objective='diffusion', got a causal one; train model\.as"):
+        Trainer(tiny_parent(), tiny_data(), config())
+    with pytest.raises(ValueError, match="model: expected a causal model for objective='ar', got a diffusion model"):
+        Trainer(tiny_model(), tiny_data(), config(objective="ar"))
+    parent = tiny_parent()
+    parent.gradient_checkpointing = True
+    model = parent.eval().as_diffusion()
+    assert not model.training and model.gradient_checkpointing and model.generation_config == {}
+    assert same(model.state_dict(), parent.state_dict()) and all(p.requires_grad for p in model.parameters())
+    assert model.embed_tokens.weight.data_ptr() == parent.embed_tokens.weight.data_ptr(), "no copy of the weights"
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    trainer = trained(config(steps=2), model=model, output=tmp_path)
+    again = Model.from_pretrained(trainer.save())
+    assert len(again.generate(torch.tensor([1, 2, 3]), gen_length=8, block_length=4)[0]) <= 8
+    assert tiny_parent(mask_token_id=None).as_diffusion(7).config.mask_token_id == 7
+    with pytest.raises(ValueError, match="model: expected weights that are not quantised, got int8 experts"):
+        quantized().as_diffusion()
+
+
+def quantized():
+    return tiny_parent(hidden_size=128, moe_intermediate_size=128, shared_expert_intermediate_size=128).quantize_experts("int8")
+
+
 def test_diffusion_needs_a_mask_token():
     with pytest.raises(ValueError, match="mask_token_id"):
         Trainer(tiny_model(mask_token_id=None), tiny_data(), config())
@@ -235,11 +260,11 @@ def test_router_losses():
 def test_resume_is_bitwise(tmp_path, options):
     cfg = config(accumulation=2, **options)
     whole = trained(cfg, output=tmp_path / "whole")
-    first = Trainer(tiny_model(), tiny_data(), cfg, output=tmp_path / "parts")
+    first = Trainer(tiny_model_for(cfg.objective), tiny_data(), cfg, output=tmp_path / "parts")
     first.run(until=3)
     first.save()
     first.run(until=4)  # lost: not saved
-    second = Trainer(tiny_model(seed=99), tiny_data(), cfg, output=tmp_path / "parts", resume=True)
+    second = Trainer(tiny_model_for(cfg.objective, seed=99), tiny_data(), cfg, output=tmp_path / "parts", resume=True)
     assert second.step == 3 and second.next_sample == 12
     second.run()
     assert same(whole.model.state_dict(), second.model.state_dict())
