@@ -34,7 +34,6 @@ NAMES = ("native", "triton", "reference")
 
 # A plain module global, not a ContextVar: Dynamo guards on it, so compiled code notices a change.
 _forced: str | None = None
-_explaining = False
 
 
 @contextlib.contextmanager
@@ -63,8 +62,6 @@ def run(op: str, backends: tuple[Backend, ...], backend: str | None, *args: Any)
     Raises:
         ValueError: the named backend does not exist or does not support the call, or none does; the text gives the reason of each.
     """
-    if _explaining:
-        raise _Asked(*args)
     name = backend if backend is not None else _forced
     if name is None:
         for candidate in backends:
@@ -72,6 +69,8 @@ def run(op: str, backends: tuple[Backend, ...], backend: str | None, *args: Any)
                 return candidate.fn(*args)
         reasons = "; ".join(f"{b.name}: {b.supports(*args)}" for b in backends)
         raise ValueError(f"{op}: no backend supports this call ({reasons})")
+    if name is _QUESTION:
+        raise _Asked(*args)
     for candidate in backends:
         if candidate.name == name:
             reason = candidate.supports(*args)
@@ -82,7 +81,7 @@ def run(op: str, backends: tuple[Backend, ...], backend: str | None, *args: Any)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Print and return a table: each backend of ``op``, and for this call whether it is chosen, possible, or why not.
+    """A table to print: each backend of ``op``, and for this call whether it is chosen, possible, or why not.
 
     Args:
         op: an op's name (``"block_attention"``) or the op itself.
@@ -108,23 +107,21 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
                 wanted = asked in (None, b.name) and not chosen
                 chosen, reason = chosen or wanted, "chosen" if wanted else "possible"
             rows.append((b.name, reason))
-    text = "\n".join([f"{name}:"] + [f"  {n:<10} {r}" for n, r in rows])
-    print(text)
-    return text
+    return "\n".join([f"{name}:"] + [f"  {n:<10} {r}" for n, r in rows])
 
 
 class _Asked(Exception):
     """Carries an op's checked positional arguments out of :func:`run`."""
 
 
+# Takes the place of a backend's name where `explain` asks an op how it would call its backends: no state that other threads could see.
+_QUESTION: Any = object()
+
+
 def _normalised_arguments(op: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
     """The arguments with which ``op`` would call its backends: the op itself checks and completes them."""
-    global _explaining
-    _explaining = True
     try:
-        op(*args, **kwargs)
+        op(*args, **kwargs, backend=_QUESTION)
     except _Asked as asked:
         return tuple(asked.args)
-    finally:
-        _explaining = False
     raise AssertionError("an op must end in dispatch.run")

@@ -104,7 +104,7 @@ def test_kinds_may_differ():
     assert 0.02 < relative(mixed, moe_mlp(x, routing, gate_up, down)) < 0.06
 
 
-def test_explain_and_compile(capsys):
+def test_explain_and_compile():
     x, routing, gate_up, down = problem(4, dtype=torch.float32)
     quantized = [QuantizedExperts.quantize(w, "fp8") for w in (gate_up, down)]
     text = explain(moe_mlp, x, routing, *quantized)

@@ -137,7 +137,7 @@ def test_operator_contract_and_compile(kind):
         torch.testing.assert_close(run(x, *quantized), moe_mlp(x, routing, *quantized, backend=name), rtol=1e-5, atol=1e-5)
 
 
-def test_explain(capsys):
+def test_explain():
     x, routing, gate_up, down = problem(4, hidden=64, width=64)
     quantized = [QuantizedExperts.quantize(w, "int8") for w in (gate_up, down)]
     assert "native     chosen" in explain(moe_mlp, x, routing, *quantized)
