@@ -63,7 +63,13 @@ def prepare(
     Raises:
         TypeError: an argument of the wrong Python type.
         ValueError: arguments that contradict each other, wrong shapes, dtypes or devices, token ids outside the vocabulary.
+        RuntimeError: called under torch.autocast.
     """
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        raise RuntimeError(
+            f"torch.autocast: expected to be off for {device.type}, got it switched on: it would round in other places than the model "
+            "does (and the router too). Use model.to(torch.bfloat16) instead; Trainer keeps fp32 masters of the weights"
+        )
     tokens, rows = _tokens(config, device, dtype, input_ids, inputs_embeds)
     total = tokens.shape[0]
     batch, length = rows or (1, total)

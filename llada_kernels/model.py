@@ -272,6 +272,7 @@ class Model(nn.Module):
         Raises:
             TypeError: an argument of the wrong Python type.
             ValueError: wrong shapes, dtypes or devices, ids outside the vocabulary, arguments that exclude each other.
+            RuntimeError: called under torch.autocast; ``model.to(torch.bfloat16)`` is what serves in its place.
 
         Precision: rounds where the official code does (norms cast before they scale, router in fp32); logits are
             computed in the dtype of the model, then cast to fp32.

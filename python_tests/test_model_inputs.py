@@ -241,3 +241,15 @@ def test_wrong_python_types_are_named():
             m(**arguments)
     with pytest.raises(TypeError, match="config: expected a Config"):
         Model({"vocab_size": 3})
+
+
+def test_autocast_is_refused_with_the_remedy():
+    m, ids = random_model(LLADA2), torch.arange(6)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            for call in (m, m.backbone):
+                with pytest.raises(RuntimeError, match=r"torch\.autocast: expected to be off for cpu, got it .*model\.to\(torch\.bfloat16\)"):
+                    call(ids)
+            with torch.autocast("cpu", enabled=False):
+                inside = m(ids).logits
+        assert torch.equal(inside, m(ids).logits)
