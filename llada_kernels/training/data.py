@@ -5,13 +5,15 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..masks import block_ids
+from ._checks import check_int
 from .noise import uniform
 
 __all__ = ["Batch", "Document", "PackedDataset", "collate", "document_blocks", "pack"]
@@ -70,8 +72,7 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[tuple[int, int, i
     Raises:
         ValueError: ``row_tokens`` is below 1.
     """
-    if row_tokens < 1:
-        raise ValueError(f"row_tokens: expected at least 1, got {row_tokens}")
+    check_int("row_tokens", row_tokens, 1)
     pieces = [
         (document, begin, min(begin + row_tokens, length))
         for document, length in enumerate(lengths)
@@ -105,7 +106,9 @@ class PackedDataset:
         shuffle: False: rows in their packed order.
 
     Raises:
-        ValueError: no tokens at all, ``row_tokens`` below 1, or supervised flags of another length than the tokens.
+        TypeError: a document that holds anything but integers; it is named by its index.
+        ValueError: one that is not 1-D, no tokens at all, ``row_tokens`` below 1, or supervised flags of another length than the
+            tokens.
     """
 
     def __init__(
@@ -118,13 +121,18 @@ class PackedDataset:
     ) -> None:
         self._tokens: list[Tensor] = []
         self._supervised: list[Tensor | None] = []
+        check_int("row_tokens", row_tokens, 1)
+        check_int("seed", seed)
+        if not isinstance(documents, Iterable) or isinstance(documents, str | bytes):
+            raise TypeError(f"documents: expected a sequence of documents, got {type(documents).__name__}")
         for number, item in enumerate(documents):
             document = item if isinstance(item, Document) else Document(item)
-            tokens = torch.as_tensor(document.tokens, dtype=torch.int64)
-            flags = document.supervised
-            flags = None if flags is None else torch.as_tensor(flags, dtype=torch.bool)
-            if flags is not None and flags.shape != tokens.shape:
-                raise ValueError(f"supervised: expected {len(tokens)} flags for document {number}, got shape {tuple(flags.shape)}")
+            tokens = _integers("documents", "token ids", document.tokens, number).to(torch.int64)
+            flags = None
+            if document.supervised is not None:
+                flags = _integers("supervised", "flags", document.supervised, number).to(torch.bool)
+                if flags.shape != tokens.shape:
+                    raise ValueError(f"supervised: expected {len(tokens)} flags for document {number}, got {len(flags)}")
             self._tokens.append(tokens)
             self._supervised.append(flags)
         self.rows = pack([len(t) for t in self._tokens], row_tokens)
@@ -185,6 +193,21 @@ class PackedDataset:
     def batch(self, first_sample: int, rows: int) -> Batch:
         """Samples ``first_sample`` to ``first_sample + rows - 1`` as one pack."""
         return collate([(s, self.row(s)) for s in range(first_sample, first_sample + rows)])
+
+
+def _integers(name: str, what: str, values: Any, number: int) -> Tensor:
+    """The 1-D tensor of a document's ids or flags, on the CPU."""
+    expected = f"{name}: expected 1-D integer {what} for document {number}"
+    try:
+        tensor = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{expected}, got {type(values).__name__}") from None
+    if tensor.ndim != 1:
+        raise ValueError(f"{expected}, got shape {tuple(tensor.shape)}")
+    flags = tensor.dtype == torch.bool and name == "supervised"
+    if tensor.numel() and not flags and (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"{expected}, got {tensor.dtype}")
+    return tensor
 
 
 def collate(rows: Sequence[tuple[int, Sequence[tuple[Tensor, Tensor]]]]) -> Batch:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Noise", "check_mask_ratio", "draw_noise", "embedding_noise", "philox", "uniform"]
+from ._checks import check_int, check_pair
+
+__all__ = ["Noise", "check_mask_ratio", "check_views", "draw_noise", "embedding_noise", "philox", "uniform"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -83,11 +85,19 @@ class Noise:
 
 def check_mask_ratio(mask_ratio: tuple[float, float], complementary: bool = False) -> None:
     """Raise ValueError unless 0 < low <= high <= 1; a complementary pair needs high < 1, as its weight is 1/(1-t)."""
+    check_pair("mask_ratio", mask_ratio)
     low, high = mask_ratio
     if not 0.0 < low <= high <= 1.0:
         raise ValueError(f"mask_ratio: expected 0 < low <= high <= 1, got {mask_ratio}")
     if complementary and high >= 1.0:
         raise ValueError(f"mask_ratio: expected high < 1 for complementary views, got {mask_ratio}")
+
+
+def check_views(views: int, complementary: bool = False) -> None:
+    """Raise unless ``views`` is an int of at least 1; complementary views come in pairs."""
+    check_int("views", views, 1)
+    if complementary and views % 2:
+        raise ValueError(f"views: expected an even number of complementary views, got {views}")
 
 
 def draw_noise(
@@ -130,10 +140,7 @@ def draw_noise(
         ValueError: a wrong band, ``views`` below 1, an odd number of complementary views.
     """
     check_mask_ratio(mask_ratio, complementary)
-    if views < 1:
-        raise ValueError(f"views: expected at least 1, got {views}")
-    if complementary and views % 2:
-        raise ValueError(f"views: expected an even number of complementary views, got {views}")
+    check_views(views, complementary)
     if complementary and fixed_count:
         raise ValueError("fixed_count: expected False with complementary views, got True")
     masked, weight, level = [], [], []

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..masks import DiffusionMask
 from ..model import Model
 from ..ops.lm_loss import lm_loss
+from ._checks import check_block_size, check_choice, check_kind
 from .data import Batch, document_blocks
-from .noise import Noise, check_mask_ratio, draw_noise, embedding_noise
+from .noise import Noise, check_mask_ratio, check_views, draw_noise, embedding_noise
 from .schedule import BlockSize
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "prepare", "unigram_perplexity",
 ]  # fmt: skip
 
+OBJECTIVES = ("ar", "diffusion")
 _NORMS = ("elbo", "masked", "uniform")
 
 
@@ -44,7 +46,7 @@ class Objective:
         complementary: views come in pairs that mask each supervised token exactly once.
 
     Raises:
-        ValueError: an unknown kind or norm, a wrong band.
+        TypeError, ValueError: an unknown kind or norm, a wrong band, block size or number of views; the argument is named.
     """
 
     kind: Literal["ar", "diffusion"] = "diffusion"
@@ -55,11 +57,12 @@ class Objective:
     complementary: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ar", "diffusion"):
-            raise ValueError(f"kind: expected ar or diffusion, got {self.kind!r}")
-        if self.loss_norm not in _NORMS:
-            raise ValueError(f"loss_norm: expected one of {', '.join(_NORMS)}, got {self.loss_norm!r}")
+        check_choice("kind", self.kind, OBJECTIVES)
+        check_block_size("block_size", self.block_size)
+        check_choice("loss_norm", self.loss_norm, _NORMS)
+        check_kind("complementary", self.complementary, bool)
         check_mask_ratio(self.mask_ratio, self.complementary)
+        check_views(self.views, self.complementary)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,10 @@ def prepare(batch: Batch, objective: Objective, mask_token_id: int, *, seed: int
     """Noise a pack and lay it out for ``objective``. A pure function of its arguments; see :func:`noise.draw_noise`.
 
     Raises:
-        ValueError: wrong block size or views.
+        TypeError: ``batch`` is no Batch or ``objective`` no Objective.
     """
+    check_kind("batch", batch, Batch)
+    check_kind("objective", objective, Objective)
     if objective.kind == "ar":
         return build_ar(batch)
     noise = draw_noise(
@@ -140,7 +145,9 @@ def build_diffusion(
 ) -> Prepared:
     """Lay out a noised pack: [x_t1; ...; x_tr; x_0] for a block size, [x_t1; ...; x_tr] for "full".
 
-    Blocks without a supervised token are left out of the noisy copies: nothing would read them.
+    Blocks without a supervised token are left out of the noisy copies: nothing would read them. ``block_origin="row"`` counts
+    blocks as the official trainer does, of a pack that is one row: to compare losses with it. :func:`prepare` draws its noise
+    per document and has no such choice.
     """
     views, device = noise.masked.shape[0], batch.tokens.device
     index = torch.arange(batch.tokens.numel(), device=device)
@@ -244,7 +251,7 @@ def elbo_perplexity(
     """
     objective = Objective("diffusion", block_size, "elbo", (1e-9, 1.0), views=draws)
     total, count = 0.0, 0
-    for batch in batches:
+    for batch in _batches(batches):
         prepared = prepare(batch, objective, mask_token_id, seed=seed, step=0, fixed_count=True)
         total += float(loss_terms(model, prepared).loss)
         count += prepared.count
@@ -255,11 +262,19 @@ def elbo_perplexity(
 def ar_perplexity(model: Model, batches: Iterable[Batch]) -> float:
     """exp of the next-token loss under causal attention, over all tokens but the first of each document."""
     total, count = 0.0, 0
-    for batch in batches:
+    for batch in _batches(batches):
         prepared = build_ar(batch)
         total += float(loss_terms(model, prepared).loss)
         count += prepared.count
     return _perplexity(total, count)
+
+
+def _batches(batches: Iterable[Batch]) -> Iterable[Batch]:
+    if isinstance(batches, Batch) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected a list of Batch, got {type(batches).__name__}")
+    for batch in batches:
+        check_kind("batches", batch, Batch)
+        yield batch
 
 
 def unigram_perplexity(train: Tensor, held_out: Tensor, vocab_size: int) -> float:

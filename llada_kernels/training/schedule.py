@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from ._checks import check_block_size, check_choice, check_int, check_number
 
 __all__ = ["BlockSize", "LearningRate", "Plan", "Stage", "wsd_plan"]
 
 BlockSize = int | Literal["full"]
+
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
 _WARM_UP = (1, 4, 32, 64)
 _DECAY = (2048, 1024, 512, 256, 128, 64)
@@ -25,25 +29,26 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Block size over a run: ``[(fraction, block_size | "full"), ...]``, fractions summing to 1.
+    """Block size over a run: ``[(fraction, block_size | "full"), ...]``, fractions summing to 1; another Plan is copied.
 
     Raises:
+        TypeError: neither a Plan nor a list of pairs.
         ValueError: no stage, a fraction below 0, fractions that do not sum to 1, a block size that is neither "full" nor
             an integer of at least 1.
     """
 
     stages: tuple[Stage, ...]
 
-    def __init__(self, stages: Sequence[Stage | tuple[float, BlockSize]]) -> None:
-        object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(*s) for s in stages))
+    def __init__(self, stages: Plan | Sequence[Stage | tuple[float, BlockSize]]) -> None:
+        items = stages.stages if isinstance(stages, Plan) else stages
+        if not isinstance(items, tuple | list):
+            raise TypeError(f"plan: expected {_PLAN}, got {items!r}")
+        object.__setattr__(self, "stages", tuple(_stage(item) for item in items))
         if not self.stages:
             raise ValueError("plan: expected at least one stage, got none")
         for stage in self.stages:
-            size = stage.block_size
-            if size != "full" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ValueError(f'plan: expected block sizes of at least 1 or "full", got {size!r}')
-            if not 0.0 <= stage.fraction <= 1.0:
-                raise ValueError(f"plan: expected fractions in [0, 1], got {stage.fraction}")
+            check_block_size("plan", stage.block_size)
+            check_number("plan", stage.fraction, 1.0)
         total = sum(s.fraction for s in self.stages)
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"plan: expected fractions that sum to 1, got {total}")
@@ -81,6 +86,17 @@ class Plan:
         return [[s.fraction, s.block_size] for s in self.stages]
 
 
+_PLAN = 'a Plan or [(fraction, block size or "full"), ...]'
+
+
+def _stage(item: Any) -> Stage:
+    if isinstance(item, Stage):
+        return item
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise TypeError(f"plan: expected {_PLAN}, got {item!r} for a stage")
+    return Stage(*item)
+
+
 def wsd_plan(sequence_length: int, final_block_size: int = 32) -> Plan:
     """Warm-up, stable, decay: 1, 4, 32, 64 at 5 % each; full sequence; halving from 2048 at 2 % each; the final size 8 %.
 
@@ -92,11 +108,10 @@ def wsd_plan(sequence_length: int, final_block_size: int = 32) -> Plan:
         final_block_size: the size that the model is meant to generate with.
 
     Raises:
-        ValueError: either size is below 1.
+        TypeError, ValueError: either size is no int, or below 1.
     """
-    for name, value in (("sequence_length", sequence_length), ("final_block_size", final_block_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_int("sequence_length", sequence_length, 1)
+    check_int("final_block_size", final_block_size, 1)
     before = [Stage(0.05, b) for b in _WARM_UP if b < sequence_length]
     after = [Stage(0.02, b) for b in _DECAY if final_block_size < b < sequence_length]
     after.append(Stage(0.08, final_block_size))
@@ -125,10 +140,12 @@ class LearningRate:
     decay_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "cosine", "linear", "wsd"):
-            raise ValueError(f"kind: expected constant, cosine, linear or wsd, got {self.kind!r}")
-        if self.peak < 0.0 or self.final < 0.0:
-            raise ValueError(f"peak, final: expected rates of at least 0, got {self.peak}, {self.final}")
+        check_choice("kind", self.kind, SCHEDULES)
+        check_int("steps", self.steps, 1)
+        check_int("warmup_steps", self.warmup_steps, 0)
+        check_number("peak", self.peak)
+        check_number("final", self.final)
+        check_number("decay_fraction", self.decay_fraction, 1.0)
 
     def at(self, step: int) -> float:
         """The rate of step ``step``."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,22 +15,26 @@ from typing import Any, Literal
 import torch
 
 from ..model import Model
+from ._checks import check_choice, check_int, check_kind, check_number, check_pair
 from .checkpoint import checkpoints, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from .data import PackedDataset
-from .objectives import Objective, Prepared, loss_terms, prepare
+from .objectives import OBJECTIVES, Objective, Prepared, loss_terms, prepare
 from .optimizer import AdamW
 from .router import ExpertLoads, router_losses, update_expert_bias
-from .schedule import BlockSize, LearningRate, Plan
+from .schedule import SCHEDULES, BlockSize, LearningRate, Plan
 
 __all__ = ["TrainConfig", "Trainer"]
 
 # May differ between a run and its continuation: nothing in them changes the weights.
 _FREE = ("checkpoint_every", "keep_checkpoints")
 
-_NOT_NEGATIVE = (
-    "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "mask_noise", "mask_noise_fraction",
-    "expert_bias_rate", "router_aux_loss", "router_z_loss", "confidence", "confidence_temperature", "confidence_warmup_steps",
-    "checkpoint_every", "keep_checkpoints",
+_COUNTS = {
+    "steps": 1, "rows": 1, "accumulation": 1, "views": 1, "max_bad_steps": 1,
+    "warmup_steps": 0, "confidence_warmup_steps": 0, "checkpoint_every": 0, "keep_checkpoints": 0,
+}  # fmt: skip
+_NUMBERS = (
+    "learning_rate", "final_learning_rate", "weight_decay", "clip", "mask_noise", "expert_bias_rate", "router_aux_loss",
+    "router_z_loss", "confidence", "confidence_temperature",
 )  # fmt: skip
 
 
@@ -40,7 +45,7 @@ class TrainConfig:
     Attributes:
         steps: length of the run.
         objective: "ar" or "diffusion".
-        plan: block sizes over the run, ``[(fraction, block_size | "full"), ...]``; diffusion only.
+        plan: block sizes over the run, a Plan or ``[(fraction, block_size | "full"), ...]``, kept as such pairs; diffusion only.
         rows: packed rows per step, over all micro-batches.
         accumulation: micro-batches per step; divides ``rows``.
         seed: of noise.
@@ -59,13 +64,14 @@ class TrainConfig:
         max_bad_steps: steps in a row with a loss or gradient that is not finite before the run stops.
 
     Raises:
+        TypeError: an attribute of the wrong Python type: a count that is no int, a plan that is none.
         ValueError: ``steps``, ``rows`` or ``accumulation`` below 1, rows that do not divide, a rate or count that is negative or not
-            finite.
+            finite, an unknown name, a fraction above 1.
     """
 
     steps: int
     objective: Literal["ar", "diffusion"] = "diffusion"
-    plan: tuple[tuple[float, BlockSize], ...] = ((1.0, 32),)
+    plan: Plan | Sequence[tuple[float, BlockSize]] = ((1.0, 32),)
     rows: int = 8
     accumulation: int = 1
     seed: int = 0
@@ -94,16 +100,22 @@ class TrainConfig:
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in _COUNTS.items():
+            check_int(name, getattr(self, name), least)
+        check_int("seed", self.seed)
         if self.rows % self.accumulation:
             raise ValueError(f"rows: expected a multiple of accumulation {self.accumulation}, got {self.rows}")
-        for name in _NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
-        Plan(self.plan)
-        self.objective_for(self.plan[0][1])
+        for name in _NUMBERS:
+            check_number(name, getattr(self, name))
+        for name in ("mask_noise_fraction", "decay_fraction"):
+            check_number(name, getattr(self, name), 1.0)
+        check_pair("betas", self.betas)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        object.__setattr__(self, "plan", Plan(self.plan).as_tuples())  # plain data, so that runs can be compared
+        self.objective_for(Plan(self.plan).stages[0].block_size)
 
     def objective_for(self, block_size: BlockSize) -> Objective:
         """The objective at a block size of the plan."""
@@ -123,13 +135,19 @@ class Trainer:
         config: the run.
         output: directory of checkpoints and ``metrics.jsonl``; None: neither is written.
         on_step: called after each step with its metrics.
-        resume: continue from the newest complete checkpoint under ``output``, if there is one.
+        resume: continue from the newest complete checkpoint under ``output``, if there is one. Model, data and configuration
+            are to be those of the run; only ``checkpoint_every`` and ``keep_checkpoints`` may change. Not even ``steps``: it
+            stretches plan and learning rate. To train a finished run's model further, start a new run from its checkpoint.
         extra_files: copied into every checkpoint, so that it is complete for users: tokenizer.json.
 
     Raises:
-        ValueError: the model is causal and the objective diffusion (convert it first: :meth:`Model.as_diffusion`) or the reverse;
-            ``output`` holds checkpoints and ``resume`` is False, or they are of another run; the data hold tokens outside the
-            vocabulary or, for diffusion, the mask token.
+        TypeError: an argument of the wrong Python type.
+        ValueError: the model is frozen or quantised; it is causal and the objective diffusion (convert it first:
+            :meth:`Model.as_diffusion`) or the reverse; ``output`` holds checkpoints and ``resume`` is False, or they are of
+            another run; the data hold tokens outside the vocabulary or, for diffusion, the mask token.
+
+    Warns:
+        UserWarning: the plan's last block size, that of generation, has no step in so short a run.
     """
 
     def __init__(
@@ -143,7 +161,17 @@ class Trainer:
         resume: bool = False,
         extra_files: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
+        check_kind("model", model, Model)
+        check_kind("dataset", dataset, PackedDataset)
+        check_kind("config", config, TrainConfig)
+        if resume and output is None:
+            raise ValueError("resume: expected an output directory to continue from, got output=None")
         self.extra_files = tuple(extra_files)
+        for file in self.extra_files:
+            if not os.path.isfile(file):
+                raise ValueError(f"extra_files: expected files, got {os.fspath(file)}, which is none")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model: expected parameters that require gradients, got a frozen model (quantised experts cannot be trained)")
         self.model, self.dataset, self.config, self.on_step = model, dataset, config, on_step
         self.plan, self.learning_rate = Plan(config.plan), config.learning_rate_schedule()
         if config.objective == "diffusion" and model.config.causal:
@@ -152,6 +180,10 @@ class Trainer:
             raise ValueError("model: expected a causal model for objective='ar', got a diffusion model, which would generate nonsense")
         if config.objective == "diffusion" and model.config.mask_token_id is None:
             raise ValueError("model: expected a configuration with a mask_token_id, got None")
+        if config.objective == "diffusion" and len(edges := self.plan.boundaries(config.steps)) > 2 and edges[-2] == edges[-1]:
+            last = self.plan.stages[-1]
+            text = f"plan: block size {last.block_size}, the last, gets none of {config.steps} steps: its share is {last.fraction:.1%}"
+            warnings.warn(f"{text}; the model is not trained for it", stacklevel=2)
         dataset.check_tokens(model.config.vocab_size, model.config.mask_token_id if config.objective == "diffusion" else None)
         self.optimizer = AdamW(model, betas=config.betas, weight_decay=config.weight_decay)
         self.output = None if output is None else Path(output)
@@ -167,13 +199,18 @@ class Trainer:
         """Train to step ``until`` (default: the end), saving as configured; the last step is always saved.
 
         Raises:
-            FloatingPointError: ``max_bad_steps`` steps in a row were not finite.
+            FloatingPointError: ``max_bad_steps`` steps in a row were not finite, or the last loss of the run is not, or no step
+                was. The last step is then not saved; :meth:`save` does it all the same.
             OSError: a checkpoint cannot be written. Earlier ones stay.
         """
+        if until is not None:
+            check_int("until", until, 0)
         end = self.config.steps if until is None else min(until, self.config.steps)
         while self.step < end:
             metrics = self.train_step()
             self._log(metrics)
+            if self.step == self.config.steps:
+                self._check_end(metrics)
             every = self.config.checkpoint_every
             if self.output is not None and (self.step == self.config.steps or (every and self.step % every == 0)):
                 self.save()
@@ -279,6 +316,15 @@ class Trainer:
                 f"{self._bad_in_a_row} steps in a row with a loss or gradient that is not finite, last at step {metrics['step']}"
             )
 
+    def _check_end(self, metrics: dict[str, Any]) -> None:
+        """Weights that give no loss are no result."""
+        loss = metrics["loss"]
+        if (loss is not None and not math.isfinite(loss)) or 0 < self.bad_steps == self.step - self.skipped_steps:
+            raise FloatingPointError(
+                f"the run has diverged: loss {loss} at step {metrics['step']}, the last, and {self.bad_steps} of {self.step} steps were "
+                f"not finite; nothing was saved after it. Try a learning_rate below {self.config.learning_rate:g}"
+            )
+
     # Checkpoints and metrics
 
     def save(self) -> Path:
@@ -310,7 +356,8 @@ class Trainer:
         wrong = [k for k in now if k not in _FREE and now[k] != state["config"].get(k)]
         if wrong:
             shown = "; ".join(f"{k}: expected {state['config'].get(k)}, got {now[k]}" for k in wrong)
-            raise ValueError(f"config: {path} is of another run: {shown}")
+            remedy = f"continue with the same values ({' and '.join(_FREE)} may differ), or start a new run from that checkpoint"
+            raise ValueError(f"config: {path} is of another run: {shown}; {remedy}, in another output directory")
         if state["data"] != self._data_identity():
             raise ValueError(f"dataset: {path} was trained on {state['data']}, got {self._data_identity()}")
         self.optimizer.load_state_dict(tensors)

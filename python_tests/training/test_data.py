@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,5 +75,32 @@ def test_bad_data():
         PackedDataset([Document([1, 2], [True])], 8)
     with pytest.raises(ValueError, match="row_tokens"):
         PackedDataset([[1]], 0)
+    with pytest.raises(TypeError, match="row_tokens: expected an int, got 2.0"):
+        PackedDataset([[1]], 2.0)
     with pytest.raises(ValueError, match="block_size"):
         document_blocks(torch.tensor([0, 4]), 0)
+
+
+@pytest.mark.parametrize(
+    ("document", "error", "got"),
+    [
+        (torch.zeros(1, 5, dtype=torch.int64), ValueError, r"shape \(1, 5\)"), ([[1, 2]], ValueError, r"shape \(1, 2\)"),
+        (3, ValueError, r"shape \(\)"), (torch.tensor([1.0, 2.9]), TypeError, "torch.float32"), ([0.5], TypeError, "torch.float32"),
+        ([True, False], TypeError, "torch.bool"), ("text", TypeError, "str"), (b"text", TypeError, "bytes"),
+        (None, TypeError, "NoneType"), ({1, 2}, TypeError, "set"), ([2**70], TypeError, "list"),
+    ],
+)  # fmt: skip
+def test_a_document_is_a_sequence_of_integers(document, error, got):
+    for item in (document, Document(document)):
+        with pytest.raises(error, match=f"^documents: expected 1-D integer token ids for document 1, got {got}"):
+            PackedDataset([[1, 2], item], 8)
+
+
+def test_documents_and_flags_of_the_wrong_type():
+    for documents_, got in (("text", "str"), (None, "NoneType"), (Document([1]), "Document")):
+        with pytest.raises(TypeError, match=f"documents: expected a sequence of documents, got {got}"):
+            PackedDataset(documents_, 8)
+    with pytest.raises(TypeError, match="supervised: expected 1-D integer flags for document 0, got torch.float32"):
+        PackedDataset([Document([1], [0.5])], 8)
+    data = PackedDataset([range(3), np.arange(2, dtype=np.int32), Document(torch.tensor([7], dtype=torch.uint8), [1]), []], 8)
+    assert data.batch(0, 1).tokens.tolist() == [0, 1, 2, 0, 1, 7]

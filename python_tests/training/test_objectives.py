@@ -275,3 +275,20 @@ def test_batch_moves_between_devices():
     batch = tiny_data().batch(0, 1)
     moved = batch.to("cpu")
     assert isinstance(moved, Batch) and torch.equal(moved.tokens, batch.tokens)
+
+
+def test_arguments_of_the_wrong_kind(model, data):
+    batch = data.batch(0, 1)
+    with pytest.raises(TypeError, match="batches: expected a list of Batch, got Batch"):
+        elbo_perplexity(model, batch, 4, MASK)
+    with pytest.raises(TypeError, match="batches: expected a list of Batch, got Batch"):
+        ar_perplexity(model, batch)
+    with pytest.raises(TypeError, match="batches: expected a Batch, got Tensor"):
+        ar_perplexity(model, [batch.tokens])
+    with pytest.raises(TypeError, match="objective: expected an Objective, got 'ar'"):
+        prepare(batch, "ar", MASK, seed=0, step=0)
+    with pytest.raises(TypeError, match="batch: expected a Batch, got PackedDataset"):
+        prepare(data, Objective(), MASK, seed=0, step=0)
+    for block_size in ("foo", 0, 2.0, True):
+        with pytest.raises(ValueError, match='^block_size: expected a block size of at least 1 or "full", got'):
+            Objective(block_size=block_size)

@@ -44,12 +44,25 @@ def test_plan_is_data_and_prints():
 
 @pytest.mark.parametrize(
     ("stages", "message"),
-    [([], "at least one"), ([(0.5, 4)], "sum to 1"), ([(1.0, 0)], "block sizes"), ([(1.0, "all")], "block sizes"),
-     ([(1.5, 4), (-0.5, 4)], "fractions in"), ([(1.0, True)], "block sizes")],
+    [([], "at least one"), ([(0.5, 4)], "sum to 1"), ([(1.0, 0)], "block size"), ([(1.0, "all")], "block size"),
+     ([(1.5, 4), (-0.5, 4)], r"plan: expected a number in \[0, 1\]"), ([(1.0, True)], "block size"),
+     ([(math.nan, 4)], "plan: expected a number")],
 )  # fmt: skip
 def test_bad_plans(stages, message):
     with pytest.raises(ValueError, match=message):
         Plan(stages)
+
+
+@pytest.mark.parametrize("stages", ["wsd", 32, [0.5], None, [(1.0,)]])
+def test_what_is_no_plan(stages):
+    with pytest.raises(TypeError, match="plan: expected a Plan or "):
+        Plan(stages)
+
+
+def test_a_plan_of_a_plan_is_equal():
+    assert Plan(wsd_plan(100)) == wsd_plan(100)
+    with pytest.raises(TypeError, match="final_block_size: expected an int, got 8.0"):
+        wsd_plan(100, 8.0)
 
 
 def test_learning_rates():

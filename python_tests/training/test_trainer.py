@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from llada_kernels.model import Model
 from llada_kernels.ops.moe_routing import Routing
-from llada_kernels.training import Document, PackedDataset, TrainConfig, Trainer
+from llada_kernels.training import Document, PackedDataset, TrainConfig, Trainer, latest_checkpoint, wsd_plan
 from llada_kernels.training.optimizer import AdamW, decays
 from llada_kernels.training.router import ExpertLoads, router_losses, update_expert_bias
 
@@ -81,6 +82,18 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run():
     assert trainer.bad_steps == 3 and not trainer.optimizer.state_dict()
     after = model.state_dict()
     assert all(torch.equal(after[k], v) or k == "norm.weight" for k, v in before.items())
+
+
+def test_a_run_that_diverges_ends_in_an_error_without_a_checkpoint(tmp_path):
+    trainer = Trainer(tiny_model(), tiny_data(), config(steps=2, learning_rate=1e30, warmup_steps=0), output=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"diverged: loss nan at step 1, the last, and 1 of 2 .* learning_rate below 1e\+30"):
+        trainer.run()
+    assert latest_checkpoint(tmp_path) is None
+    model = tiny_model()
+    trainer = Trainer(model, tiny_data(), config(steps=2))
+    trainer.optimizer.clip = lambda _: torch.tensor(math.inf)  # gradients that overflow, beside a loss that does not
+    with pytest.raises(FloatingPointError, match="2 of 2 steps"):
+        trainer.run()
 
 
 def test_a_single_bad_step_is_survived(monkeypatch):
@@ -282,6 +295,9 @@ def test_resume_refuses_another_run(tmp_path):
         Trainer(tiny_model(), tiny_data(), config(steps=2), output=tmp_path)
     with pytest.raises(ValueError, match=r"learning_rate: expected 0\.005, got 0\.1"):
         Trainer(tiny_model(), tiny_data(), config(steps=2, learning_rate=0.1), output=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"steps: expected 2, got 5; continue with the same values \(.*\), or start a new run from that"):
+        Trainer(tiny_model(), tiny_data(), config(steps=5), output=tmp_path, resume=True)
+    Trainer(tiny_model(), tiny_data(), config(steps=2, checkpoint_every=1, keep_checkpoints=0), output=tmp_path, resume=True)
     with pytest.raises(ValueError, match="dataset"):
         Trainer(tiny_model(), tiny_data(documents=9), config(steps=2), output=tmp_path, resume=True)
     same_lengths = tiny_data()
@@ -297,11 +313,63 @@ def test_resume_refuses_another_run(tmp_path):
     ("changes", "message"),
     [({"steps": 0}, "steps"), ({"rows": 3, "accumulation": 2}, "rows: expected a multiple"), ({"plan": ((0.5, 4),)}, "sum to 1"),
      ({"mask_ratio": (0.0, 1.0)}, "mask_ratio"), ({"learning_rate": math.nan}, "learning_rate"), ({"clip": -1.0}, "clip"),
-     ({"warmup_steps": -1}, "warmup_steps"), ({"expert_bias_rate": math.inf}, "expert_bias_rate: expected a finite number")],
+     ({"warmup_steps": -1}, "warmup_steps"), ({"expert_bias_rate": math.inf}, "expert_bias_rate: expected a finite number"),
+     ({"objective": "foo"}, "^objective: expected one of ar, diffusion, got 'foo'"), ({"schedule": "foo"}, "^schedule: .*got 'foo'"),
+     ({"decay_fraction": 2.0}, r"decay_fraction: expected a number in \[0, 1\], got 2.0"), ({"betas": (2, 2)}, "betas: .*got"),
+     ({"views": 0}, "views: expected at least 1, got 0"), ({"views": 3, "complementary": True, "mask_ratio": (0.1, 0.9)}, "views"),
+     ({"max_bad_steps": 0}, "max_bad_steps"), ({"mask_noise_fraction": 1.5}, "mask_noise_fraction")],
 )  # fmt: skip
 def test_bad_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"steps": 2.5}, "steps: expected an int, got 2.5"), ({"steps": "3"}, "steps: expected an int, got '3'"),
+     ({"rows": 2.0}, "rows: expected an int, got 2.0"), ({"accumulation": True}, "accumulation: expected an int"),
+     ({"seed": 1.5}, "seed: expected an int"), ({"views": 2.0}, "views: expected an int"), ({"keep_checkpoints": 0.5}, "keep_checkpoints"),
+     ({"learning_rate": "1"}, "learning_rate: expected a number, got '1'"),
+     ({"mask_ratio": 0.5}, "mask_ratio: expected two numbers, got 0.5"),
+     ({"betas": 0.9}, "betas: expected two numbers, got 0.9"), ({"plan": "wsd"}, "plan: expected a Plan or .*, got 'wsd'"),
+     ({"complementary": "yes"}, "complementary: expected a bool, got 'yes'")],
+)  # fmt: skip
+def test_configurations_of_the_wrong_type(changes, message):
+    with pytest.raises(TypeError, match=message):
+        config(**changes)
+
+
+def test_a_plan_object_is_a_plan():
+    cfg = config(plan=wsd_plan(100, 8))
+    assert cfg == config(plan=wsd_plan(100, 8).as_tuples()) and cfg.plan[-1] == (0.08, 8)
+    assert config(plan=[[1.0, 4]]) == config(plan=((1.0, 4),))
+
+
+def test_arguments_of_the_trainer(tmp_path):
+    for arguments, message in (
+        ((list, tiny_data(), config()), "model: expected a Model, got type"),
+        ((tiny_model(), [[1]], config()), "dataset: expected a PackedDataset, got list"),
+        ((tiny_model(), tiny_data(), {"steps": 1}), "config: expected a TrainConfig, got dict"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            Trainer(*arguments)
+    with pytest.raises(ValueError, match="model: expected parameters that require gradients"):
+        Trainer(tiny_model().requires_grad_(False), tiny_data(), config())
+    with pytest.raises(ValueError, match="model: expected parameters that require gradients"):
+        Trainer(quantized(), tiny_data(), config())
+    with pytest.raises(ValueError, match="resume: expected an output directory"):
+        Trainer(tiny_model(), tiny_data(), config(), resume=True)
+    with pytest.raises(ValueError, match="extra_files: expected files, got"):
+        Trainer(tiny_model(), tiny_data(), config(), extra_files=[tmp_path / "tokenizer.json"])
+
+
+def test_a_last_stage_without_a_step_is_told():
+    with pytest.warns(UserWarning, match=r"plan: block size 8, the last, gets none of 4 steps: its share is 8\.0%"):
+        Trainer(tiny_model(), tiny_data(), config(steps=4, plan=wsd_plan(100, 8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(tiny_model(), tiny_data(), config(steps=7, plan=wsd_plan(100, 8)))
+        Trainer(tiny_parent(), tiny_data(), config(steps=4, plan=wsd_plan(100, 8), objective="ar"))
 
 
 def test_data_that_the_model_cannot_read():
