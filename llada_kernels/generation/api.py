@@ -63,7 +63,7 @@ def generate(
     eos_early_stop: bool | None = None,
     minimal_topk: int | None = None,
     mask_id: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     editing_threshold: float | None | Unset = UNSET,
     max_post_steps: int | None = None,
     num_to_transfer: int | None = None,
@@ -94,7 +94,8 @@ def generate(
         eos_early_stop: LLaDA2.0: leave a block as soon as the text through the first EOS is complete. (A row always ends
             with the block that contains its first EOS: what would follow is cut off.) Default False.
         minimal_topk: LLaDA2.0: limits steps to gen_length // minimal_topk. Default 1.
-        mask_id, eos_id: token ids; default: generation_config, else config, else those of the released models. With an
+        mask_id, eos_id: token ids; default: generation_config, else config, else those of the released models. Any of several
+            ``eos_id`` ends a row; of several in a configuration the first one alone does, as in the official code. With an
             ``eos_id`` outside the vocabulary (such as -1) rows never end early.
         editing_threshold: LLaDA2.1: confidence above which a token is replaced. None: no editing; 0.0: every changed token.
         max_post_steps: LLaDA2.1: forwards on a block after its last mask is gone. Default 16.

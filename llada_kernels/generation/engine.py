@@ -17,7 +17,7 @@ from .._tile_plan import moved_to
 from ..masks import DiffusionMask
 from .kv_cache import KVCache
 from .output import OnStep
-from .rules import DecodingRule, Unprojected, put_rows, take_rows
+from .rules import DecodingRule, Unprojected, is_eos, put_rows, take_rows
 
 __all__ = ["Engine", "Finished", "GenerationModel", "WindowEngine", "engine_for"]
 
@@ -357,5 +357,5 @@ def _mask_id(rule: Any) -> int:
 
 def _through_first(tokens: Tensor, rule: Any) -> Tensor:
     """A copy of the tokens through the first EOS."""
-    found = (tokens == rule.eos_id).nonzero()
+    found = is_eos(tokens, rule.eos_id).nonzero()
     return tokens[: int(found[0]) + 1].clone() if len(found) else tokens.clone()

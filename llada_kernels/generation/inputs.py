@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._families import EOS_TOKEN_ID, MASK_TOKEN_ID
+from .rules import EosIds
 
 __all__ = ["Prompts", "prompt_list", "seed_list", "special_ids"]
 
@@ -100,20 +101,18 @@ def _unpad(inputs: Any, prompts: list[Tensor], attention_mask: Tensor) -> list[T
     return kept
 
 
-def special_ids(model: Any, mask_id: int | None, eos_id: int | None) -> tuple[int, int]:
+def special_ids(model: Any, mask_id: int | None, eos_id: int | Sequence[int] | None) -> tuple[int, EosIds]:
     """Ids of mask and EOS: the argument, else generation_config, else config, else those of the released models.
 
-    Where a config lists several EOS ids the first one counts, as in the official code.
+    Of several EOS ids in the argument all count; where a configuration lists several the first one does, as in the official code.
 
     Raises:
         TypeError: an id that is not an integer.
-        ValueError: the mask id is outside the vocabulary.
+        ValueError: the mask id is outside the vocabulary or an EOS id, or there is no EOS id in a list.
     """
     vocab = model.config.vocab_size
 
-    def find(name: str, given: int | None, default: int) -> int:
-        if given is not None:
-            return _integer(name.replace("_token", ""), given, "an int or None")
+    def find(name: str, default: int) -> int:
         for source in (getattr(model, "generation_config", None), model.config):
             value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
             if isinstance(value, list | tuple):
@@ -122,12 +121,15 @@ def special_ids(model: Any, mask_id: int | None, eos_id: int | None) -> tuple[in
                 return _integer(f"{name} of the model's configuration", value, "an int")
         return default
 
-    mask, eos = find("mask_token_id", mask_id, MASK_TOKEN_ID), find("eos_token_id", eos_id, EOS_TOKEN_ID)
+    mask = find("mask_token_id", MASK_TOKEN_ID) if mask_id is None else _integer("mask_id", mask_id, "an int or None")
+    ends = [find("eos_token_id", EOS_TOKEN_ID)] if eos_id is None else _integers("eos_id", eos_id, "an int, several or None")
     if not 0 <= mask < vocab:
         raise ValueError(f"mask_id: expected an id in [0, {vocab}), got {mask}")
-    if mask == eos:
-        raise ValueError(f"eos_id: expected another id than mask_id, got {eos} for both")
-    return mask, eos
+    if not ends:
+        raise ValueError("eos_id: expected at least one id (-1 for none), got none")
+    if mask in ends:
+        raise ValueError(f"eos_id: expected other ids than mask_id, got {mask} for both")
+    return mask, ends[0] if len(ends) == 1 else tuple(ends)
 
 
 def seed_list(seed: int | Sequence[int] | None, rows: int, needed: bool) -> list[int]:
@@ -140,15 +142,24 @@ def seed_list(seed: int | Sequence[int] | None, rows: int, needed: bool) -> list
     expected = "an int, one per prompt or None"
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, (1,))) if needed else 0
-    given: Any = seed
-    many = given.ndim == 1 if hasattr(given, "ndim") else isinstance(given, Sequence) and not isinstance(given, str | bytes)
-    seeds = [_integer("seed", s, expected) for s in given] if many else [_integer("seed", given, expected)] * rows
+    seeds = _integers("seed", seed, expected)
+    if not _is_list(seed):
+        seeds *= rows
     if len(seeds) != rows:
         raise ValueError(f"seed: expected one number or one per prompt ({rows}), got {len(seeds)}")
     for s in seeds:
         if not 0 <= s < 2**63:
             raise ValueError(f"seed: expected numbers in [0, 2**63), got {s}")
     return seeds
+
+
+def _is_list(value: Any) -> bool:
+    return bool(value.ndim == 1) if hasattr(value, "ndim") else isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _integers(name: str, value: Any, expected: str) -> list[int]:
+    """The ints of one or of a list, a tuple, a 1-D tensor or array."""
+    return [_integer(name, v, expected) for v in value] if _is_list(value) else [_integer(name, value, expected)]
 
 
 def _integer(name: str, value: Any, expected: str) -> int:

@@ -7,6 +7,8 @@ share one call, and a row's result cannot depend on the batch it is in.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -17,9 +19,19 @@ from ..ops.lm_head_unmask import lm_head_unmask
 from ..ops.threshold_unmask import threshold_unmask
 from ..ops.threshold_unmask.reference import philox_uniform
 
-__all__ = ["BlockState", "DecodingRule", "LLaDA20", "LLaDA21", "LowConfidence", "Unprojected", "put_rows", "take_rows"]
+__all__ = ["BlockState", "DecodingRule", "EosIds", "LLaDA20", "LLaDA21", "LowConfidence", "Unprojected", "is_eos", "put_rows", "take_rows"]
 
 RuleT = TypeVar("RuleT", bound="DecodingRule")
+
+EosIds = int | tuple[int, ...]
+"""The id that ends a row, or several any of which does."""
+
+
+def is_eos(tokens: Tensor, eos_id: EosIds) -> Tensor:
+    """bool, shape of tokens."""
+    if isinstance(eos_id, int):
+        return tokens == eos_id
+    return functools.reduce(operator.or_, [tokens == i for i in eos_id])
 
 
 class Unprojected(NamedTuple):
@@ -61,7 +73,7 @@ class DecodingRule(Protocol):
     Attributes:
         whole_window: False: block-causal decoding from a KV cache, blocks counted from the row's start. True: every
             forward sees the whole row, masks included, and blocks are counted from the end of the prompt.
-        mask_id, eos_id: token ids, None before :meth:`bind`.
+        mask_id, eos_id: token ids (``eos_id`` perhaps a tuple of them), None before :meth:`bind`.
         cfg_scale: strength of classifier-free guidance (whole-window rules only), 0 for none.
     """
 
@@ -70,7 +82,7 @@ class DecodingRule(Protocol):
     @property
     def mask_id(self) -> int | None: ...
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> EosIds | None: ...
     @property
     def cfg_scale(self) -> float: ...
 
@@ -84,7 +96,7 @@ class DecodingRule(Protocol):
         """Whether :meth:`step` serves an :class:`Unprojected` as well, which spares it the logits."""
         ...
 
-    def bind(self: RuleT, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> RuleT:
+    def bind(self: RuleT, *, mask_id: int, eos_id: EosIds, gen_length: int, block_length: int) -> RuleT:
         """The rule with its ids and everything that depends on the lengths filled in."""
         ...
 
@@ -135,7 +147,7 @@ class _Rule:
     top_k: int | None = None
     top_p: float | None = None
     mask_id: int | None = None
-    eos_id: int | None = None
+    eos_id: EosIds | None = None
 
     whole_window: ClassVar[bool] = False
 
@@ -160,7 +172,7 @@ class _Rule:
         """Greedy choices need no logits; drawing does."""
         return self.temperature == 0.0
 
-    def bind(self: RuleT, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> RuleT:
+    def bind(self: RuleT, *, mask_id: int, eos_id: EosIds, gen_length: int, block_length: int) -> RuleT:
         """The rule with these ids."""
         bound: Any = self
         return replace(bound, mask_id=mask_id, eos_id=eos_id)
@@ -188,7 +200,7 @@ class _Rule:
 
     def _is_eos(self, tokens: Tensor) -> Tensor:
         assert self.eos_id is not None
-        return tokens == self.eos_id
+        return is_eos(tokens, self.eos_id)
 
     def _unmask(
         self,
@@ -231,7 +243,7 @@ class LLaDA20(_Rule):
             steps that write an EOS, so it needs more forwards for the same tokens.)
         temperature: 0 is greedy; above, tokens are drawn after temperature, top_k and top_p.
         top_k, top_p: filters of the draw, None for none.
-        mask_id, eos_id: token ids; None: those of the model.
+        mask_id, eos_id: token ids; None: those of the model. ``eos_id`` may be a tuple of ids, any of which ends a row.
     """
 
     threshold: float = 0.95
@@ -245,7 +257,7 @@ class LLaDA20(_Rule):
         _check(self.steps >= 1, "steps", "at least 1", self.steps)
         _check(self.minimal_topk >= 1, "minimal_topk", "at least 1", self.minimal_topk)
 
-    def bind(self, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> LLaDA20:
+    def bind(self, *, mask_id: int, eos_id: EosIds, gen_length: int, block_length: int) -> LLaDA20:
         """The rule with its ids, and steps limited by gen_length // minimal_topk."""
         _check(
             self.minimal_topk <= gen_length,
@@ -358,7 +370,7 @@ class LowConfidence(_Rule):
         """Whether the result depends on the seed."""
         return self.temperature > 0.0 or self.remasking == "random"
 
-    def bind(self, *, mask_id: int, eos_id: int, gen_length: int, block_length: int) -> LowConfidence:
+    def bind(self, *, mask_id: int, eos_id: EosIds, gen_length: int, block_length: int) -> LowConfidence:
         """The rule with its ids and the number of blocks."""
         _check(gen_length % block_length == 0, "gen_length", f"a multiple of block_length = {block_length}", gen_length)
         blocks = gen_length // block_length
@@ -410,6 +422,7 @@ def _spread(total: int, steps: int, step: Tensor) -> Tensor:
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "an int"), "float": ((int, float), "a number"), "bool": ((bool,), "True or False"), "str": ((str,), "a str"),
+    "EosIds": ((int, tuple), "an int, a tuple of ints"),
 }  # fmt: skip
 
 

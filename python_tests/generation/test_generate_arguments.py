@@ -80,7 +80,9 @@ def test_forms_of_inputs() -> None:
         ([1], {"seed": -1}, r"seed: expected numbers in \[0, 2\*\*63\), got -1"),
         ([1], {"seed": [1, 2]}, r"seed: expected one number or one per prompt \(1\), got 2"),
         ([1], {"mask_id": 48}, r"mask_id: expected an id in \[0, 48\), got 48"),
-        ([1], {"eos_id": 47}, "eos_id: expected another id than mask_id, got 47 for both"),
+        ([1], {"eos_id": 47}, "eos_id: expected other ids than mask_id, got 47 for both"),
+        ([1], {"eos_id": [1, 47]}, "eos_id: expected other ids than mask_id, got 47 for both"),
+        ([1], {"eos_id": []}, r"eos_id: expected at least one id \(-1 for none\), got none"),
         ([1], {"editing_threshold": 0.5, "num_to_transfer": 0}, "num_to_transfer: expected at least 1, got 0"),
         ([1], {"editing_threshold": 0.5, "max_post_steps": -1}, "max_post_steps: expected at least 0, got -1"),
         ([1], {"num_to_transfer": 2}, "num_to_transfer: expected no value, decoding 'llada2.0' does not use it, got 2"),
@@ -114,8 +116,9 @@ def test_bad_values(inputs: Any, kwargs: dict[str, Any], message: str) -> None:
         ([[1], [2]], {"seed": [1, "b"]}, "seed: expected an int, one per prompt or None, got str 'b'"),
         ([1], {"seed": torch.tensor(1.5)}, "seed: expected an int, one per prompt or None, got Tensor"),
         ([1], {"seed": torch.tensor([[1]])}, "seed: expected an int, one per prompt or None, got Tensor"),
-        ([1], {"eos_id": [1, 2]}, r"eos_id: expected an int or None, got list \[1, 2\]"),
-        ([1], {"eos_id": 1.0}, "eos_id: expected an int or None, got float 1.0"),
+        ([1], {"eos_id": [1, "a"]}, "eos_id: expected an int, several or None, got str 'a'"),
+        ([1], {"eos_id": 1.0}, "eos_id: expected an int, several or None, got float 1.0"),
+        ([1], {"decoding": LLaDA20(eos_id=(1, "a"))}, "eos_id: expected an int, several or None, got str 'a'"),  # type: ignore[arg-type]
         ([1], {"mask_id": "a"}, "mask_id: expected an int or None, got str 'a'"),
         ([1], {"steps": 2.5}, "steps: expected an int, got float 2.5"),
         ([1], {"steps": "3"}, "steps: expected an int, got str '3'"),
@@ -258,5 +261,36 @@ def test_where_the_ids_come_from() -> None:
     both.generation_config = SimpleNamespace(eos_token_id=23)
     assert special_ids(both, None, None) == (10, 23)
     assert special_ids(both, 5, -1) == (5, -1)
+    assert special_ids(both, 5, [6, 7]) == (5, (6, 7)) and special_ids(both, 5, [6]) == (5, 6)
     out = generate([1, 2], decoding=LLaDA20(threshold=0.1, mask_id=40, eos_id=-1))
     assert not (out[0] == 40).any() and len(out[0]) == 8
+
+
+@pytest.mark.parametrize("decoding", ["llada2.0", "llada2.1", "low_confidence"])
+@pytest.mark.parametrize("early", [False, True])
+def test_any_of_several_eos_ids_ends_a_row(decoding: str, early: bool) -> None:
+    """What is generated does not depend on where it will be cut."""
+    prompts, options = [[1, 2, 3], [4], [7, 8, 9, 10, 11]], {"decoding": decoding, "gen_length": 24, "eos_early_stop": early}
+    if decoding == "low_confidence":
+        options["steps"] = 24
+    whole = [row.tolist() for row in generate(prompts, eos_id=-1, **options)]
+    first, second = whole[0][9], whole[1][5]
+    assert first != second
+    ids: list[Any] = [[first, second], (second, first, -1), torch.tensor([first, second])]
+    for eos_id in ids:
+        for row, through in zip(generate(prompts, eos_id=eos_id, **options), whole, strict=True):
+            ends = [i for i, token in enumerate(through) if token in (first, second)]
+            assert row.tolist() == (through[: ends[0] + 1] if ends else through)
+    assert [row.tolist() for row in generate(prompts, eos_id=[first], **options)] == [
+        row.tolist() for row in generate(prompts, eos_id=first, **options)
+    ]
+
+
+def test_several_eos_ids_save_forwards_and_may_be_the_rules() -> None:
+    model = ToyModel()
+    whole = generate([1, 2, 3], model, eos_id=-1, gen_length=40)
+    end = int(whole[0][10])
+    stopped = generate([1, 2, 3], model, eos_id=[46, end], gen_length=40)
+    assert stopped.num_forwards < whole.num_forwards and stopped[0][-1] == end  # type: ignore[operator]
+    by_rule = generate([1, 2, 3], model, decoding=LLaDA20(eos_id=(46, end)), gen_length=40)
+    assert by_rule[0].tolist() == stopped[0].tolist()
