@@ -111,7 +111,9 @@ inline Vec round_to<float>(Vec v) {
 }
 template <>
 inline Vec round_to<bf16>(Vec v) {
-  return (Vec)(__builtin_convertvector(to_bf16_bits(v), VecU) << 16);
+  const VecU bits = (VecU)v;
+  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  return v == v ? (Vec)rounded : v;
 }
 
 // The first n < kLanes lanes, the rest `fill`.
@@ -175,7 +177,11 @@ inline float reduce_max(Vec v) {
 
 // e^x, relative error below 2e-7 on [-87, 88]; 0 below (also for -inf), +inf above; NaN stays NaN.
 inline Vec vexp(Vec x) {
+#if defined(LLADA_CPU_LEVEL_avx512)
+  const Vec clamped = (Vec)_mm512_min_ps((__m512)splat(100.f), (__m512)x);  // NaN stays NaN in this order
+#else
   const Vec clamped = vmin(vmax(x, splat(-87.5f)), splat(88.7f));
+#endif
   const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec n = (clamped * 1.44269504f + magic) - magic;
   Vec r = clamped - n * 0.693359375f;
@@ -187,12 +193,16 @@ inline Vec vexp(Vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.f;
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (Vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.5f), _CMP_NLT_UQ), (__m512)y, (__m512)n);
+#else
   const VecI exponent = __builtin_convertvector(n, VecI);
   const VecI half = exponent >> 1;  // 2^n in two factors: n = 128 would overflow in one
   y = y * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
   y = x < -87.5f ? Vec{} : y;
   y = x > 88.72284f ? splat(std::numeric_limits<float>::infinity()) : y;
   return x == x ? y : x;
+#endif
 }
 
 // What one element of T is multiplied as: how many k a packed 32-bit element holds.
