@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward(const Tensor& grad, const Tenso
   check_tensor("b", b, a.scalar_type(), {groups, n, k});
   check_offsets(offsets, groups, rows);
   Tensor grad_a = need_a ? empty_beside(a) : empty_beside(a, {0});
-  Tensor grad_b = need_b ? in_huge_pages(empty_beside(b)) : empty_beside(b, {0});
+  Tensor grad_b = need_b ? empty_beside(b) : empty_beside(b, {0});
   grouped_gemm_backward_cpu(
       {is_bf16, rows, groups, n, k, grad.const_data_ptr(), a.const_data_ptr(), b.const_data_ptr(), offsets.const_data_ptr<int32_t>(),
        need_a ? grad_a.mutable_data_ptr() : nullptr, need_b ? grad_b.mutable_data_ptr() : nullptr},

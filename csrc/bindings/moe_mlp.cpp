@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
                                    const Tensor& w_gate_up, const Tensor& w_down, bool save) {
   const Sizes s = check_arguments(x, topk_weights, offsets, permutation, w_gate_up, w_down);
   Tensor out = empty_beside(x);
-  Tensor pre_activation = in_huge_pages(empty_beside(x, {save ? s.tokens * s.top_k : 0, 2 * s.width}));
+  Tensor pre_activation = empty_beside(x, {save ? s.tokens * s.top_k : 0, 2 * s.width});
   moe_mlp_cpu({s.bf16,
                s.tokens,
                s.top_k,
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(const Tensor& grad_o
   const Sizes s = check_arguments(x, topk_weights, offsets, permutation, w_gate_up, w_down);
   check_tensor("grad_out", grad_out, x.scalar_type(), {s.tokens, s.hidden});
   check_tensor("pre_activation", pre_activation, x.scalar_type(), {s.tokens * s.top_k, 2 * s.width});
-  const auto wanted = [](const Tensor& like, bool need) { return need ? in_huge_pages(empty_beside(like)) : empty_beside(like, {0}); };
+  const auto wanted = [](const Tensor& like, bool need) { return need ? empty_beside(like) : empty_beside(like, {0}); };
   Tensor grad_x = wanted(x, need_x), grad_w_gate_up = wanted(w_gate_up, need_w_gate_up), grad_w_down = wanted(w_down, need_w_down);
   Tensor grad_weights = empty_beside(topk_weights);
   moe_mlp_backward_cpu(

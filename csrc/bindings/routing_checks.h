@@ -2,15 +2,8 @@
 #pragma once
 
 #include "bindings/tensor_checks.h"
-#include "common/huge_pages.h"
 
 namespace llada {
-
-// A new tensor, not written yet, in large pages.
-inline Tensor in_huge_pages(Tensor x) {
-  advise_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * x.element_size());
-  return x;
-}
 
 inline void check_offsets(const Tensor& offsets, int64_t experts, int64_t rows) {
   check_tensor("offsets", offsets, ScalarType::Int, {experts + 1});

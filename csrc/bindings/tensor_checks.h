@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/cpu_level.h"
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 
 namespace llada {
@@ -102,7 +103,11 @@ inline Tensor empty_beside(const Tensor& x, torch::headeronly::IntHeaderOnlyArra
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides,
                                                          torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                                          device_type, x.get_device_index(), &result));
-  return Tensor(result);
+  const Tensor y(result);
+  // Fresh memory comes 4 KB at a time otherwise: rms_norm of 4096 x 2048 fp32 took 14 ms instead of 4.
+  constexpr int64_t kLarge = int64_t(1) << 20;  // elements
+  if (stride >= kLarge && x.is_cpu()) advise_huge_pages(y.mutable_data_ptr(), size_t(y.numel()) * y.element_size());
+  return y;
 }
 
 inline Tensor empty_beside(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef shape) {
