@@ -112,6 +112,12 @@ inline Vec exp_of_negative(Vec x) {
   return x < low ? Vec{} : y * power;
 }
 
+// What scores are referred to: a row may have seen nothing but -inf so far (products overflow), and -inf minus itself is no number.
+inline float finite_peak(float peak) {
+  constexpr float lowest = std::numeric_limits<float>::lowest();
+  return peak > lowest ? peak : lowest;
+}
+
 inline void hide(float* row, Span seen, int64_t width, float value) {
   for (int64_t i = 0; i < seen.first; ++i) row[i] = value;
   for (int64_t i = seen.last; i < width; ++i) row[i] = value;
@@ -137,8 +143,9 @@ inline void softmax_step(float* scores, P* p, int64_t tokens, int64_t group, int
       for (int64_t i = kLanes; i < width; i += kLanes) top = vmax(load(s + i), top);
       const float before = row_max[r], peak = peak_of(top), now = peak > before ? peak : before;
       Vec sum{};
+      const float shift = finite_peak(now);
       for (int64_t i = 0; i < width; i += kLanes) {
-        const Vec e = exp_of_negative(load(s + i) - now);
+        const Vec e = exp_of_negative(load(s + i) - shift);
         store_operand(row + i, e);
         sum += e;
       }

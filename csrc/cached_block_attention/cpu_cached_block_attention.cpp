@@ -97,7 +97,7 @@ class Worker {
       const float* from = partial + part->slot * slot_stride;
       for (int64_t r = 0; r < rows; ++r) {
         const float peak = from[max_rows * d + r], now = std::max(peak, row_max[r]);
-        const float shrink = std::exp(row_max[r] - now), factor = std::exp(peak - now);
+        const float shrink = std::exp(row_max[r] - finite_peak(now)), factor = std::exp(peak - finite_peak(now));
         for (int64_t i = 0; i < d; ++i) out[r * d + i] = out[r * d + i] * shrink + from[r * d + i] * factor;
         row_sum[r] = row_sum[r] * shrink + from[max_rows * (d + 1) + r] * factor;
         row_max[r] = now;

@@ -85,8 +85,9 @@ void add_row(Partial& total, const float* z, int64_t n, int64_t first, float inv
     total.argmax += first;
   }
   Vec sum{}, tempered{}, weighted{};
+  const float shift = std::max(total.max, std::numeric_limits<float>::lowest());  // finite where all logits so far are -inf
   const auto add = [&](Vec v) {
-    Vec a = v - total.max;
+    Vec a = v - shift;
     sum += vexp(a);
     if constexpr (kTempered) {
       a = vmax(a * inverse_temperature, splat(-1e4f));  // finite: -inf times e^-inf is no number

@@ -62,6 +62,18 @@ def values_and_gradients(f, dtype, q, k, v, grad):
     return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
 
 
+def check_overflowing_scores(attend, device):
+    """Products of -inf with the first keys, so that a row has seen nothing else for a while: the others decide."""
+    mask = DiffusionMask.block_causal([0, 640], 32).to(device)
+    q, k, v = torch.full((640, 2, 64), 1e20), torch.randn(640, 1, 64), torch.randn(640, 1, 64)
+    k[:608] = -1e20
+    q, k, v = (x.to(device) for x in (q, k, v))
+    visible = mask.dense()
+    out = attend(q, k, v, mask)
+    assert (out[:608] == 0).all()  # no key has a weight
+    torch.testing.assert_close(out[608:], sdpa(q, k, v, visible)[608:])
+
+
 def check(backend, mask, heads, kv_heads, dim, dtype, scale=None):
     inputs, visible = draw(mask, heads, kv_heads, dim, dtype), mask.dense()
     ours = values_and_gradients(lambda q, k, v: block_attention(q, k, v, mask, scale, backend=backend), dtype, *inputs)
@@ -305,3 +317,8 @@ def test_operator_refuses_a_plan_of_other_sizes():
     for text, arguments in cases:
         with pytest.raises(ValueError, match=text):
             op(q, k, v, *arguments)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_overflowing_scores(backend):
+    check_overflowing_scores(lambda *args: block_attention(*args, backend=backend), "cpu")

@@ -78,6 +78,14 @@ def check(backend, case):
     assert_as_exact_as(case.run(backend), case.by_rows(sdpa, case.q.dtype), case.by_rows(exact, torch.float64), name="out")
 
 
+def check_overflowing_scores(case, backend):
+    """Products of -inf with the context, in one part or in many: only the new keys have a weight."""
+    case.q[:] = 1e20
+    case.cache_k[:] = -1e20
+    case.context = [(torch.full_like(k, -1e20), v) for k, v in case.context]
+    torch.testing.assert_close(case.run(backend), case.by_rows(sdpa, torch.float32))
+
+
 ROWS = {
     "denoise": ([32, 96, 0], [32, 32, 32], 32),
     "commit_and_next": ([64, 0], [64, 64], 32),
@@ -266,3 +274,9 @@ def test_operator_refuses_a_plan_of_other_sizes():
         arguments[index][at] = value
         with pytest.raises(ValueError, match=text):
             op(*arguments)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("context", [32, 4096])
+def test_overflowing_scores(backend, context):
+    check_overflowing_scores(Case([context], [32], 32), backend)

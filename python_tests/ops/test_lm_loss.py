@@ -129,6 +129,25 @@ def test_large_logits_do_not_overflow(backend):
     assert result.token_losses.tolist() == [0, 0, 1e4] and result.entropy.tolist() == [0, 0, 0]
 
 
+def check_impossible_ids(loss, device):
+    """Ids whose logit is -inf, whole tiles and splits of the vocabulary: as if they were not there."""
+    for vocab, first, last in ((1000, 0, 300), (5000, 0, 2100), (5000, 2048, 5000)):
+        hidden, lm_head = torch.rand(4, 8, device=device), torch.randn(vocab, 8, device=device)
+        possible = torch.ones(vocab, dtype=torch.bool, device=device)
+        possible[first:last] = False
+        target = int(possible.nonzero()[3])
+        log_p = (hidden.double() @ lm_head[possible].double().T).log_softmax(1)
+        lm_head[~possible] = -torch.inf
+        result = loss(hidden, lm_head, torch.full((4,), target, device=device), torch.ones(4, device=device), "all")
+        torch.testing.assert_close(result.token_losses.double(), -log_p[:, 3], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result.entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_impossible_ids(backend):
+    check_impossible_ids(lambda *args: lm_loss(*args, backend=backend), "cpu")
+
+
 @pytest.mark.parametrize("wanted", ["hidden", "lm_head"])
 def test_one_gradient_alone(wanted):
     hidden, lm_head, targets, weights = case((40, 16, 100), torch.float32)

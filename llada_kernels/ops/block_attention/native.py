@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _library
 from ...masks import DiffusionMask
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 
 
@@ -53,7 +53,7 @@ if _library.load_error is None:
         grads = torch.ops.llada_kernels.block_attention_backward(grad_out.contiguous(), q, k, v, out, lse, *plan, ctx.block_n, ctx.scale)
         return *grads, *[None] * 9
 
-    torch.library.register_autograd("llada_kernels::block_attention", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::block_attention", _backward, _setup_context)
 
 
 BACKEND: Backend = Backend("native", _supports, _block_attention)

@@ -63,12 +63,10 @@ def _visible(key, in_context, in_range, context_lo, context_hi, own_lo, own_hi):
 
 
 @triton.jit
-def _softmax_step(scores, v, peak, total, acc, scale, MASKED: tl.constexpr):
+def _softmax_step(scores, v, peak, total, acc, scale):
     """One tile of keys: ``scores`` unscaled, -inf where masked. Returns the new peak, total and accumulator."""
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    shift = new_peak
-    if MASKED:  # a row may have seen no key yet
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row may have seen no key yet, or products that overflow
     p = tl.exp2(scores * scale - shift[:, None])
     correction = tl.exp2(peak - shift)
     total = total * correction + tl.sum(p, 1)
@@ -109,7 +107,7 @@ def forward_kernel(
         k = tl.load(k_ptr + start * k_step + n[None, :] * k_stride + d[:, None])
         scores = tl.dot(q, k, input_precision="tf32x3")
         v = tl.load(v_ptr + start * v_step + n[:, None] * v_stride + d[None, :])
-        peak, total, acc = _softmax_step(scores, v, peak, total, acc, scale, False)
+        peak, total, acc = _softmax_step(scores, v, peak, total, acc, scale)
 
     rest = context_end - split
     length = rest + own_end - own_begin
@@ -121,7 +119,7 @@ def forward_kernel(
         visible = _visible(key, in_context, in_range, lo, hi, own_lo, own_hi)
         scores = tl.where(visible, scores, float("-inf"))
         v = tl.load(v_ptr + place[:, None] * v_stride + d[None, :], in_range[:, None], other=0.0)
-        peak, total, acc = _softmax_step(scores, v, peak, total, acc, scale, True)
+        peak, total, acc = _softmax_step(scores, v, peak, total, acc, scale)
 
     # A row without keys gives 0; +inf as its log-sum-exp makes its probabilities 0 in the backward.
     empty = total == 0.0

@@ -78,7 +78,7 @@ def cached_kernel(
             k = tl.load(cache_k_ptr + place[None, :] * cache_k_stride + d[:, None], inside[None, :], other=0.0)
             scores = tl.where(inside[None, :], tl.dot(q, k, input_precision="tf32x3"), float("-inf"))
             v = tl.load(cache_v_ptr + place[:, None] * cache_v_stride + d[None, :], inside[:, None], other=0.0)
-            chunk_peak, chunk_total, chunk_acc = _softmax_step(scores, v, chunk_peak, chunk_total, chunk_acc, scale, False)
+            chunk_peak, chunk_total, chunk_acc = _softmax_step(scores, v, chunk_peak, chunk_total, chunk_acc, scale)
         peak, total, acc = _merge(peak, total, acc, chunk_peak, chunk_total, chunk_acc)
 
     new = True
@@ -99,7 +99,7 @@ def cached_kernel(
             k = tl.load(k_ptr + start * k_step + n[None, :] * k_stride + d[:, None])
             scores = tl.dot(q, k, input_precision="tf32x3")
             v = tl.load(v_ptr + start * v_step + n[:, None] * v_stride + d[None, :])
-            new_peak, new_total, new_acc = _softmax_step(scores, v, new_peak, new_total, new_acc, scale, False)
+            new_peak, new_total, new_acc = _softmax_step(scores, v, new_peak, new_total, new_acc, scale)
         for start in tl.range(split, own_end, BLOCK_N, num_stages=1):
             key = start + n
             inside = key < own_end
@@ -107,7 +107,7 @@ def cached_kernel(
             visible = (key[None, :] >= own_lo[:, None]) & (key[None, :] < own_hi[:, None]) & inside[None, :]
             scores = tl.where(visible, tl.dot(q, k, input_precision="tf32x3"), float("-inf"))
             v = tl.load(v_ptr + start * v_step + n[:, None] * v_stride + d[None, :], inside[:, None], other=0.0)
-            new_peak, new_total, new_acc = _softmax_step(scores, v, new_peak, new_total, new_acc, scale, True)
+            new_peak, new_total, new_acc = _softmax_step(scores, v, new_peak, new_total, new_acc, scale)
         peak, total, acc = _merge(peak, total, acc, new_peak, new_total, new_acc)
 
     if SPLIT:

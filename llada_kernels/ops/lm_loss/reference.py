@@ -22,7 +22,7 @@ def _chunk_terms(hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: 
         entropy = torch.zeros_like(losses)
     else:
         log_p = torch.log_softmax(logits / temperature, dim=1)
-        entropy = -(log_p.exp() * log_p).sum(1)
+        entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(1)  # 0 * -inf is no number
     return losses, entropy, logits.detach().argmax(1) == targets
 
 

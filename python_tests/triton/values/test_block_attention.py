@@ -12,7 +12,7 @@ from llada_kernels.ops import _triton
 from llada_kernels.ops.block_attention import block_attention
 from llada_kernels.testing import assert_as_exact_as
 
-from ...ops.test_block_attention import GRID, MASKS, dense_attention, draw, sdpa, values_and_gradients
+from ...ops.test_block_attention import GRID, MASKS, check_overflowing_scores, dense_attention, draw, sdpa, values_and_gradients
 
 
 def run(inputs, mask, dtype, scale=None):
@@ -159,3 +159,7 @@ def test_reasons(device):
     for text, call in cases:
         with pytest.raises(ValueError, match=text):
             block_attention(*call, backend="triton")
+
+
+def test_overflowing_scores(device):
+    check_overflowing_scores(lambda *args: block_attention(*args, backend="triton"), device)

@@ -11,7 +11,7 @@ from llada_kernels.ops import _triton
 from llada_kernels.ops.cached_block_attention import cached_block_attention
 from llada_kernels.testing import assert_as_exact_as
 
-from ...ops.test_cached_block_attention import ROWS, Case, exact, sdpa
+from ...ops.test_cached_block_attention import ROWS, Case, check_overflowing_scores, exact, sdpa
 
 
 def make(device, *arguments, dim=64, **options):
@@ -120,3 +120,7 @@ def test_compiles_without_graph_breaks(device):
     for context in ([16, 8], [24, 0]):
         case = make(device, context, [8, 8], 8)
         torch.testing.assert_close(compiled(*case.arguments()), case.run("reference").sin())
+
+
+def test_overflowing_scores(device):
+    check_overflowing_scores(make(device, [4096], [32], 32), "triton")

@@ -5,7 +5,7 @@ import torch
 
 from llada_kernels.ops.lm_loss import lm_loss
 
-from ...ops.test_lm_loss import case, check_values_and_gradients, run
+from ...ops.test_lm_loss import case, check_impossible_ids, check_values_and_gradients, run
 
 ENTROPIES = [(None, 1.0), ("all", 2.0), ("correct", 0.5)]
 CASES = [((tokens, width, vocab), *entropy) for tokens, width, vocab in ((1, 8, 2), (7, 17, 11), (140, 24, 70)) for entropy in ENTROPIES]
@@ -29,6 +29,10 @@ def test_skipped_positions_are_not_read(device):
     garbage, correct = run(triton, hidden, lm_head, targets, weights, "all", 1.0, incoming)
     assert all(torch.equal(a, b) for a, b in zip(clean, garbage, strict=True))
     assert not correct[weights == 0].any() and (garbage[1][weights == 0] == 0).all() and (garbage[3][weights == 0] == 0).all()
+
+
+def test_impossible_ids(device):
+    check_impossible_ids(triton, device)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
