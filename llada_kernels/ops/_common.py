@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -67,3 +70,19 @@ def native_reason(
     if first.dtype not in dtypes:
         return f"native serves {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {first.dtype}"
     return None
+
+
+def register_autograd(
+    operator: str, backward: Callable[..., Any], setup_context: Callable[..., None], lib: torch.library.Library | None = None
+) -> None:
+    """``torch.library.register_autograd`` for an operator whose ``backward`` calls ``<operator>_backward``.
+
+    That one's own derivative raises: without it PyTorch takes second derivatives for 0, with a warning only.
+    """
+
+    def refuse(*_: Any) -> NoReturn:
+        name = operator.partition("::")[2]
+        raise NotImplementedError(f"{name}: second derivatives are not supported by this backend, use backend='reference'")
+
+    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=lib)
+    torch.library.register_autograd(f"{operator}_backward", refuse, lib=lib)

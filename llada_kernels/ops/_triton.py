@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._common import register_autograd
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Triton's interpreter runs kernels on CPU tensors, slowly: for tests. Triton itself reads the variable when a kernel is defined.
@@ -95,5 +97,5 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give the operator ``name`` a backward, as ``torch.library.register_autograd``."""
-    torch.library.register_autograd(f"llada_kernels_triton::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    """Give the operator ``name`` a backward, as :func:`register_autograd`."""
+    register_autograd(f"llada_kernels_triton::{name}", backward, setup_context, _LIBRARY)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 
 
@@ -35,7 +35,7 @@ if _library.load_error is None:
         grads = torch.ops.llada_kernels.grouped_gemm_backward(grad.contiguous(), *ctx.saved_tensors, need_a, need_b)
         return grads[0] if need_a else None, grads[1] if need_b else None, None
 
-    torch.library.register_autograd("llada_kernels::grouped_gemm", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::grouped_gemm", _backward, _setup_context)
 
 
 BACKEND = Backend("native", native_reason, grouped_gemm)

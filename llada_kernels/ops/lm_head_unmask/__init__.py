@@ -33,7 +33,9 @@ def lm_head_unmask(
     """``threshold_unmask(hidden @ lm_head.T, tokens, ...)``: see there for the rules and the other arguments.
 
     At temperature 0 the native and Triton backends hold the logits of 1024 ids at a time (Triton:
-    per program). Temperatures above 0 are the reference's, which computes all logits.
+    per program). Drawing tokens needs the logits several times, so a temperature above 0 (also one
+    per row, whatever the numbers) stores them: native calls F.linear and threshold_unmask, Triton
+    leaves it to the reference.
 
     Args:
         hidden: [R, L, H] fp32 or bf16 (reference: any floating dtype): final hidden states.
@@ -46,8 +48,8 @@ def lm_head_unmask(
         threshold_unmask; products may differ from those of F.linear by their rounding, and with
         them confidences, and choices between logits that are equal up to this rounding. Nothing is
         differentiated.
-    Determinism: native: bitwise, on any number of threads; triton: bitwise; reference: that of
-        torch.matmul.
+    Determinism: native: bitwise, on any number of threads; triton: bitwise; reference, and native where
+        it draws: that of torch.matmul.
 
     Returns:
         An Unmasked (tokens, confidence, counts).

@@ -12,15 +12,16 @@ from ..threshold_unmask.arguments import Rules
 
 
 def _supports(hidden: Tensor, lm_head: Tensor, rules: Rules) -> str | None:
-    if rules.temperature is not None:
-        return "native draws no tokens, which needs the logits twice: temperature must be the number 0"
     return native_reason(hidden, lm_head, rules.tokens)
 
 
 def _native(hidden: Tensor, lm_head: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.lm_head_unmask(
-        hidden.detach().contiguous(), lm_head.detach().contiguous(), *rules.greedy()
-    )
+    hidden, lm_head = hidden.detach(), lm_head.detach()
+    result: tuple[Tensor, Tensor, Tensor]
+    if rules.temperature is None:
+        result = torch.ops.llada_kernels.lm_head_unmask(hidden.contiguous(), lm_head.contiguous(), *rules.greedy())
+    else:  # drawing needs the logits several times
+        result = torch.ops.llada_kernels.threshold_unmask(torch.nn.functional.linear(hidden, lm_head), *rules)
     return result
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 
 #: As enum class EntropyOf of csrc/lm_loss/params.h.
@@ -80,7 +80,7 @@ if _library.load_error is None:
             None, None, None, None,
         )  # fmt: skip
 
-    torch.library.register_autograd("llada_kernels::lm_loss", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::lm_loss", _backward, _setup_context)
 
 
 BACKEND = Backend("native", _supports, _native)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 from ..moe_routing.routing import Routing
 from ..quantized_experts import QuantizedExperts
@@ -83,7 +83,7 @@ if _library.load_error is None:
             None,
         )
 
-    torch.library.register_autograd("llada_kernels::moe_mlp", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::moe_mlp", _backward, _setup_context)
 
 
 BACKEND = Backend("native", _supports, moe_mlp)

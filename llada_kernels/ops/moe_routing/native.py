@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 from .routing import Routing
 
@@ -66,7 +66,7 @@ if _library.load_error is None:
         grad = backward(grad_weights.contiguous(), logits, ids, ctx.scale, ctx.softmax, ctx.normalize)
         return grad, *[None] * 9
 
-    torch.library.register_autograd("llada_kernels::moe_routing", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::moe_routing", _backward, _setup_context)
 
 
 BACKEND = Backend("native", _supports, moe_routing)

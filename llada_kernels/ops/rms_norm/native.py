@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 
 
@@ -45,7 +45,7 @@ if _library.load_error is None:
         grad_x, grad_weight = torch.ops.llada_kernels.rms_norm_backward(grad_y.contiguous(), more, x, weight, rstd)
         return grad_x, grad_weight.to(weight.dtype), None, grad_x if ctx.with_residual else None
 
-    torch.library.register_autograd("llada_kernels::rms_norm", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::rms_norm", _backward, _setup_context)
 
 
 BACKEND: Backend = Backend("native", _native_supports, _native)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 
 
@@ -58,7 +58,7 @@ if _library.load_error is None:
         weights = (None if w is None else g.to(w.dtype) for w, g in zip(saved[4:6], of_weights, strict=True))
         return out_q, out_k if ctx.with_k else None, None, None, *weights, None
 
-    torch.library.register_autograd("llada_kernels::rope", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::rope", _backward, _setup_context)
 
 
 BACKEND: Backend = Backend("native", _native_supports, _native)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from .._common import native_reason
+from .._common import native_reason, register_autograd
 from ..dispatch import Backend
 
 
@@ -34,7 +34,7 @@ if _library.load_error is None:
     def _backward(ctx: Any, grad_y: Tensor) -> Tensor:
         return torch.ops.llada_kernels.swiglu_backward(grad_y.contiguous(), *ctx.saved_tensors)
 
-    torch.library.register_autograd("llada_kernels::swiglu", _backward, setup_context=_setup_context)
+    register_autograd("llada_kernels::swiglu", _backward, _setup_context)
 
 
 BACKEND: Backend = Backend("native", native_reason, _swiglu)
