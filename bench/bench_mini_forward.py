@@ -124,7 +124,7 @@ class Held:
         return {"peak_bytes": resident("VmHWM"), "weight_bytes": weights, "share_of_experts_touched": round(self.touched(), 3)}
 
     def case(self, name: str, run: Any, tokens: int, flops: float, passes: int, shapes: dict[str, Any]) -> Case:
-        case = Case("mini_forward", name, torch.bfloat16, shapes, [], self.check, flops, tokens=tokens)
+        case = Case("mini_forward", name, torch.bfloat16, shapes, [], self.check, flops, tokens=tokens, least=5)
 
         def check(logits: Tensor) -> str | None:
             case.bytes = passes * self.weight_bytes()  # known now: which experts the tokens chose

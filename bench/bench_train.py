@@ -52,7 +52,7 @@ def training_step(name: str, documents: int, length: int, dtype: torch.dtype, se
         Variant("native", our_step(dtype, documents, length, small), "ours", extra=lambda: memory("ours")),
     ]
     shapes = {"documents": documents, "length": length, "block": BLOCK, "model": "small" if small else "bench model"}
-    return Case("train", name, dtype, shapes, variants, check, true_flops(documents, length, small), None)
+    return Case("train", name, dtype, shapes, variants, check, true_flops(documents, length, small), None, least=3)
 
 
 def true_flops(documents: int, length: int, small: bool) -> float:

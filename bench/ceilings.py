@@ -55,10 +55,30 @@ class Ceilings:
         torch.set_num_threads(threads)
 
     def again(self, threads: int, quick: bool = False) -> None:
-        """A fifth of a second more of the read bandwidth and bf16 products, between cases: neighbours of a shared machine come and go."""
+        """A quarter of a second more of the read bandwidth and of products, between cases: neighbours of a shared machine come and go."""
         torch.set_num_threads(threads)
-        self._gemm(torch.bfloat16, threads, [1024], 0.02 if quick else 0.06)
+        for dtype in _GEMM_DTYPES:
+            self._gemm(dtype, threads, [1024], 0.02 if quick else 0.06)
         self._read([threads], array_bytes(quick), 0.01 if quick else 0.1)
+
+    def settle(self, threads: int, quick: bool = False, tries: int = 20) -> None:
+        """At the end of a run: measure again what ``threads`` threads did not better than one, and drop it where that does not help.
+
+        Such a ceiling tells of a moment in which the threads shared one core; shares of it would be of nothing. Rows whose least time it
+        sets then have no share.
+        """
+        for dtype in _GEMM_DTYPES:
+            name = f"gemm {str(dtype).removeprefix('torch.')}"
+            one, left = self.get(name, 1), tries
+            if threads == 1 or one is None:
+                continue
+            while (self.get(name, threads) or 0.0) <= one:
+                if not left:
+                    self.values.pop(f"{name} {threads}", None)
+                    break
+                left -= 1
+                torch.set_num_threads(threads)
+                self._gemm(dtype, threads, [1024], 0.02 if quick else 0.1)
 
     def read_now(self, threads: int, size: float | None) -> float | None:
         """Bytes per second that ``threads`` threads read at this moment, from memory in pages of 2 MB; it takes about 3 ms.

@@ -20,6 +20,9 @@ __all__ = [
 ]  # fmt: skip
 
 Role = Literal["ours", "baseline", "yardstick"]
+#: Share of a run's read bandwidth below which a reading beside a call tells nothing: two threads read a factor of 1.8 more or less from one
+#: second to the next (see :class:`Ceilings`), and a factor of 10 was seen after a program had given back its memory.
+LEAST_BESIDE = 0.4
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Settings:
         seconds: time for the repetitions of one variant.
         min_reps: fewest repetitions of a variant that takes less than a second.
         max_reps: most repetitions.
-        once: a first, checked call that took longer than this many seconds is the variant's one sample (n=1); one that took more than
-            half as long is a sample too, and there is one more (n=2).
+        once: a first, checked call that took longer than this many seconds is the variant's one sample (n=1). Any other first call is no
+            sample: it makes what later ones reuse (an optimizer's state, pages, caches), so it would be another kind of call.
         device, dtype: what benches of a GPU make their inputs on and in; the others name their own.
         without: modules of other projects that are not to be tried though they are installed.
         patience: seconds that a baseline may take to prepare and to return from its first call: some compile for minutes.
@@ -46,7 +49,7 @@ class Settings:
     seconds: float = 0.6
     min_reps: int = 5
     max_reps: int = 300
-    once: float = 10.0
+    once: float = 60.0
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.bfloat16
     without: tuple[str, ...] = ()
@@ -103,6 +106,7 @@ class Case:
         bytes: that must come from or go to memory at least once.
         tokens: new or read ones of a call, for a rate of tokens per second.
         arithmetic: the GEMM ceiling that ``flops`` are compared with: "bfloat16" or "float32".
+        least: fewest repetitions of each variant in a full run, however long a call takes: for cases whose times spread.
     """
 
     op: str
@@ -115,6 +119,7 @@ class Case:
     bytes: float | None = None
     tokens: int | None = None
     arithmetic: str = ""
+    least: int = 0
 
     def __post_init__(self) -> None:
         self.arithmetic = self.arithmetic or ("bfloat16" if self.dtype == torch.bfloat16 else "float32")
@@ -191,10 +196,12 @@ def statistics(samples: Sequence[float]) -> Statistics:
     return Statistics(percentile(0.5), percentile(0.1), percentile(0.9), ordered[0], len(ordered))
 
 
-def repetitions(seconds: float, settings: Settings) -> int:
-    """How often to time a variant whose call takes ``seconds``: as often as fits the budget, within bounds that let slow ones off."""
-    least = settings.min_reps if seconds < 1 else min(3, settings.min_reps) if seconds < 5 else min(2, settings.min_reps)
-    return max(least, min(settings.max_reps, int(settings.seconds / max(seconds, 1e-9))))
+def repetitions(seconds: float, settings: Settings, least: int = 0) -> int:
+    """How often to time a variant whose call takes ``seconds``: as often as fits the budget, within bounds that let slow ones off, and at
+    least ``least`` times in a full run."""
+    fewest = settings.min_reps if seconds < 1 else min(3, settings.min_reps) if seconds < 5 else min(2, settings.min_reps)
+    fewest = fewest if settings.quick else max(fewest, least)
+    return max(fewest, min(settings.max_reps, int(settings.seconds / max(seconds, 1e-9))))
 
 
 def interleave(counts: Sequence[int]) -> list[int]:
@@ -229,17 +236,16 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
     # The first call of a fast variant is mostly set-up; one of a slow variant is worth more than another that only estimates.
     counts: list[int] = []
     for state in running:
-        # Set-up is nothing beside a call of many seconds, and a run of all benches has to end.
-        if state.first > settings.once / 2:
+        if state.first > settings.once:  # a run of all benches has to end
             state.samples.append(state.first)
-            counts.append(0 if state.first > settings.once else 1)
+            counts.append(0)
         else:
             try:
                 estimate = state.first if state.first > 0.5 else _seconds_of_call(state, stopwatch)
             except Exception as error:
                 _note(state.row, error)
                 estimate = state.first
-            counts.append(repetitions(estimate * state.calls, settings))
+            counts.append(repetitions(estimate * state.calls, settings, case.least))
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -351,13 +357,19 @@ def set_floor(row: dict[str, Any], ceilings: Ceilings) -> None:
     """Least time and share of the ceiling of a row with a time, by the ceilings known now.
 
     Where the bandwidth was measured beside each repetition, the share is the median of the repetitions' shares: medians of the time and
-    of the bandwidth could be of different moments.
+    of the bandwidth could be of different moments. A bandwidth beside it far below the run's is not that of the memory but of a disturbed
+    reading (pages given back to the system, another program): then the run's counts.
     """
-    floor = ceilings.floor(row["flops"], row["bytes"], row["arithmetic"], row["threads"], row.get("read_beside"))
+    best, beside = ceilings.get("read", row["threads"]), row.get("read_beside")
+    if beside is not None and best is not None and beside < LEAST_BESIDE * best:
+        beside = None
+    floor = ceilings.floor(row["flops"], row["bytes"], row["arithmetic"], row["threads"], beside)
+    for stale in ("floor_seconds", "bound", "percent_of_ceiling"):
+        row.pop(stale, None)
     if floor is not None:
         row["floor_seconds"], row["bound"] = floor
         share = floor[0] / row["seconds"]["median"]
-        row["percent_of_ceiling"] = 100 * (row.get("bandwidth_share", share) if row["bound"] == "bandwidth" else share)
+        row["percent_of_ceiling"] = 100 * (row["bandwidth_share"] if row["bound"] == "bandwidth" and beside is not None else share)
 
 
 def _ratios(rows: Iterable[dict[str, Any]]) -> None:

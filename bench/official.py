@@ -84,7 +84,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """The training path of the official code: every token repeated per choice, a loop over experts that selects rows by comparison."""
+    """Both paths of the official code, equal to the last bit: in training a loop over all experts that selects rows by comparison;
+    otherwise (``moe_infer``) rows sorted by expert and a loop over those that have any."""
 
     expert_bias: Tensor
 
@@ -111,13 +112,27 @@ class MoE(nn.Module):
         ids = torch.topk(biased.masked_fill(~allowed, float("-inf")), c.num_experts_per_tok, dim=-1)[1]
         weights = scores.gather(1, ids)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * c.routed_scaling_factor
-        repeated, flat_ids = flat.repeat_interleave(c.num_experts_per_tok, 0), ids.flatten()
+        rows = self._by_comparison(flat, ids) if self.training else self._by_sorting(flat, ids)
+        routed = (rows.view(*ids.shape, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        shared: Tensor = self.shared_experts(x)
+        return routed.view(shape) + shared
+
+    def _by_comparison(self, x: Tensor, ids: Tensor) -> Tensor:
+        """[T * K, H]: what each token's experts make of it."""
+        repeated, flat_ids = x.repeat_interleave(ids.shape[1], 0), ids.flatten()
         out = torch.empty_like(repeated)
         for i, expert in enumerate(self.experts):
             out[flat_ids == i] = expert(repeated[flat_ids == i])
-        routed = (out.view(*ids.shape, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-        shared: Tensor = self.shared_experts(x)
-        return routed.view(shape) + shared
+        return out
+
+    def _by_sorting(self, x: Tensor, ids: Tensor) -> Tensor:
+        counts = ids.new_zeros((len(ids), len(self.experts))).scatter_(1, ids, 1).sum(0).tolist()
+        order = ids.flatten().argsort()
+        parts = x[order // ids.shape[1]].split(counts)
+        rows = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
+        out = torch.empty_like(rows)
+        out[order] = rows
+        return out
 
 
 class Block(nn.Module):
@@ -140,10 +155,14 @@ class OfficialModel(nn.Module):
 
     Args:
         model: where the weights come from; a LLaDA2 model with a shared expert and norms on queries and keys.
+
+    Attributes:
+        calls: of forward, so far.
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
+        self.calls = 0
         c = self.config = model.config
         self.word_embeddings = nn.Parameter(model.embed_tokens.weight.detach().clone())
         self.layers = nn.ModuleList(Block(c, layer) for layer in model.layers)
@@ -152,6 +171,7 @@ class OfficialModel(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """fp32 logits [B, S, V] of ids [B, S] under an additive mask [1, 1, S, S]."""
+        self.calls += 1
         c = self.config
         x = F.embedding(input_ids, self.word_embeddings)
         frequencies = 1.0 / c.rope_theta ** (torch.arange(0, c.rotary_dim, 2).float() / c.rotary_dim)

@@ -33,7 +33,7 @@ PATIENCE = 90.0
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """On a GPU bf16; in a dry run on a CPU tiny shapes in fp32, as Triton's interpreter gets bf16 wrong."""
-    more: dict[str, Any] = {"without": tuple(arguments.without), "patience": PATIENCE}
+    more: dict[str, Any] = {"without": tuple(arguments.without), "patience": PATIENCE, "once": 10.0}
     if arguments.dry_run:
         return Settings(True, 1, arguments.only, 0.0, 1, 1, device=torch.device("cpu"), dtype=torch.float32, **more)
     if not torch.cuda.is_available():
