@@ -1,4 +1,4 @@
-"""block_attention: training layout, packed documents, prefill; forward, and forward with backward."""
+"""block_attention: training layout, packed documents, prefill; forward, and with backward, which FlexAttention has none of on a CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield forward_backward(name, training, dtype)
     lengths = random_document_lengths(packed, packed // 16, seed=1, multiple=BLOCK)
     if settings.wants(name := f"packed {packed} forward", torch.bfloat16):
-        yield packed_forward(name, lengths, torch.bfloat16)
+        yield packed_forward(name, lengths, torch.bfloat16, settings)
     if settings.wants(name := f"prefill {length} forward", torch.bfloat16):
         yield forward(name, DiffusionMask.block_causal([0, length], BLOCK), torch.bfloat16, settings)
 
@@ -74,10 +74,14 @@ def forward(name: str, mask: DiffusionMask, dtype: torch.dtype, settings: Settin
         Variant("SDPA, dense mask", lambda: sdpa(q, k, v, bias)),
         Variant("SDPA unmasked", lambda: sdpa(q, k, v, None), "yardstick", flops=4.0 * MINI["D"] * MINI["Hq"] * len(q) * len(k)),
     ]
-    if not settings.quick and dtype == torch.bfloat16:  # compiling it takes most of a minute
-        call = flex(q, k, v, mask)
-        variants.append(Variant("FlexAttention", call, prepare=call))
+    variants += flex_variant(q, k, v, mask, settings)
     return Case("block_attention", name, dtype, shapes(mask), variants, check_rows(q, k, v, mask), flops(mask), element_bytes(q, k, v, q))
+
+
+def flex_variant(q: Tensor, k: Tensor, v: Tensor, mask: DiffusionMask, settings: Settings) -> list[Variant]:
+    """FlexAttention, of a full run alone: compiling it takes up to a minute."""
+    call = flex(q, k, v, mask)
+    return [] if settings.quick else [Variant("FlexAttention", call, prepare=call)]
 
 
 def forward_backward(name: str, mask: DiffusionMask, dtype: torch.dtype) -> Case:
@@ -98,7 +102,7 @@ def forward_backward(name: str, mask: DiffusionMask, dtype: torch.dtype) -> Case
     return Case("block_attention", name, dtype, shapes(mask), variants, as_exact_as(exact, dense()), 3.5 * flops(mask), size)
 
 
-def packed_forward(name: str, lengths: list[int], dtype: torch.dtype) -> Case:
+def packed_forward(name: str, lengths: list[int], dtype: torch.dtype, settings: Settings) -> Case:
     """Many documents in one row: what a dense mask wastes most on."""
     total = sum(lengths)
     mask = DiffusionMask.block_diffusion([0, *accumulate(lengths)], BLOCK)
@@ -111,6 +115,7 @@ def packed_forward(name: str, lengths: list[int], dtype: torch.dtype) -> Case:
         *(b for b in backends(OP, lambda backend: block_attention(q, k, v, mask, backend=backend)) if b.role == "ours"),
         Variant("SDPA, dense mask", lambda: sdpa(q, k, v, bias)),
         Variant("SDPA, document by document", lambda: sdpa_per_document(q, k, v, index, masks)),
+        *flex_variant(q, k, v, mask, settings),
     ]
     shown = shapes(mask, documents=len(lengths), lengths="log-normal, sigma 1, seed 1")
     return Case("block_attention", name, dtype, shown, variants, check_rows(q, k, v, mask), flops(mask), element_bytes(q, k, v, q))

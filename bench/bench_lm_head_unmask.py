@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,9 @@ def cases(settings: Settings) -> Iterator[Case]:
         name = f"{rows} x {length} x {vocab}, hidden {width}"
         if settings.wants(name, dtype):
             yield sampler(name, rows, length, width, vocab, dtype)
+    width, vocab = small
+    if settings.wants(name := f"1 x {LENGTH} x {vocab}, hidden {width}, temperature 1", torch.float32):
+        yield drawing(name, LENGTH, width, vocab)
 
 
 def sampler(name: str, rows: int, length: int, width: int, vocab: int, dtype: torch.dtype) -> Case:
@@ -69,6 +73,28 @@ def sampler(name: str, rows: int, length: int, width: int, vocab: int, dtype: to
     shapes = {"rows": rows, "length": length, "hidden": width, "vocabulary": vocab}
     flops, size = 2.0 * rows * length * width * vocab, float(lm_head.numel() * lm_head.element_size())
     return Case("lm_head_unmask", name, dtype, shapes, variants, check, flops, size)
+
+
+def drawing(name: str, length: int, width: int, vocab: int) -> Case:
+    """Tokens drawn at temperature 1: all variants from the same numbers of the same seed."""
+    generator = torch.Generator().manual_seed(0)
+    # Logits of standard deviation 2: no token is sure, so the draws decide.
+    lm_head = torch.randn(vocab, width, generator=generator) * 2 * width**-0.5
+    hidden = torch.randn(1, length, width, generator=generator)
+    mask_id = vocab - 1
+    tokens = torch.full((1, length), mask_id)
+    arguments: dict[str, Any] = {"threshold": 0.0, "temperature": 1.0, "seed": 1}
+
+    def unfused() -> Unmasked:
+        return threshold_unmask(F.linear(hidden, lm_head), tokens, mask_id, **arguments)
+
+    expected = lm_head_unmask(hidden, lm_head, tokens, mask_id, backend="reference", **arguments)
+    exact, near = equal([expected.tokens], lambda r: [r.tokens]), close([expected.confidence], 3e-4, lambda r: [r.confidence])
+    variants = backends(OP, lambda backend: lm_head_unmask(hidden, lm_head, tokens, mask_id, backend=backend, **arguments))
+    variants.append(Variant("F.linear + threshold_unmask", unfused))
+    shapes = {"rows": 1, "length": length, "hidden": width, "vocabulary": vocab, **arguments}
+    flops, size = 2.0 * length * width * vocab, float(lm_head.numel() * lm_head.element_size())
+    return Case("lm_head_unmask", name, torch.float32, shapes, variants, lambda r: exact(r) or near(r), flops, size)
 
 
 if __name__ == "__main__":
