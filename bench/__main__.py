@@ -2,7 +2,7 @@
 
     python -m bench [NAME ...] [--quick] [--threads N] [--only TEXT] [--json FILE]   run all benches, or those named
     python -m bench report                                                          docs/performance.md from bench/results
-    python -m bench compare A.json B.json [--threshold 0.1] [--relative]            1 if something of ours became slower
+    python -m bench compare A.json B.json [--threshold 0.1] [--relative] [--partial]   1 if ours became slower or is missing
 
 A full run writes bench/results/<machine>.json and then the report; a quick one, or one with --json, writes its file only.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from .runner import read
 
-__all__ = ["Change", "compare", "main"]
+__all__ = ["Change", "compare", "drift", "main", "missing"]
 
 Key = tuple[str, str, str, str, int]
 #: two files are of the same machine if these agree
@@ -25,7 +26,7 @@ class Change:
     Attributes:
         key: op, case, dtype, variant, threads.
         factor: time after over time before (``relative``: both in units of the fastest baseline of their run); inf: no time any more.
-        worse: above the threshold and outside the spread of the repetitions, or without right values.
+        worse: slower by more than chance explains (:func:`_absolute`), or without right values.
         note: why, in words.
     """
 
@@ -42,22 +43,34 @@ class Change:
 def ours(content: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     """Our rows of a result file."""
     rows = (row for bench in content["benches"].values() for row in bench["rows"] if row["role"] == "ours")
-    return {(r["op"], r["case"], r["dtype"], r["variant"], r["threads"]): r for r in rows}
+    return {_key(r): r for r in rows}
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], threshold: float = 0.1, relative: bool = False) -> list[Change]:
-    """What became of each row of ours that ``before`` has a time for, in a bench that ``after`` has run.
+def _key(row: dict[str, Any]) -> Key:
+    return row["op"], row["case"], row["dtype"], row["variant"], row["threads"]
+
+
+def missing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Benches with rows of ours that ``after`` has not run."""
+    ran = after["benches"]
+    return sorted(name for name, bench in before["benches"].items() if name not in ran and any(r["role"] == "ours" for r in bench["rows"]))
+
+
+def compare(
+    before: dict[str, Any], after: dict[str, Any], threshold: float = 0.1, relative: bool = False, partial: bool = False
+) -> list[Change]:
+    """What became of each row of ours that ``before`` has a time for, in the benches that ``after`` has run.
 
     Args:
         before, after: contents of result files.
         threshold: share by which a time may grow.
         relative: compare ratios to the fastest baseline of the same run, not times: for different machines.
+        partial: ``after`` may lack cases, as a run of ``--only`` does.
     """
     new = ours(after)
-    ran = {row["op"] for bench in after["benches"].values() for row in bench["rows"]}
     changes = []
-    for key, a in ours(before).items():
-        if "seconds" not in a or key[0] not in ran:
+    for key, a in ours({"benches": {n: bench for n, bench in before["benches"].items() if n in after["benches"]}}).items():
+        if "seconds" not in a or (partial and key not in new):
             continue
         b = new.get(key)
         if b is None or "seconds" not in b:
@@ -68,12 +81,26 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float = 0.
     return changes
 
 
+def drift(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, int]:
+    """Median of time after over time before of the baselines, which no change of ours made slower, and how many there are."""
+
+    def times(content: dict[str, Any]) -> dict[Key, float]:
+        rows = (r for bench in content["benches"].values() for r in bench["rows"] if r["role"] == "baseline" and "seconds" in r)
+        return {_key(r): r["seconds"]["median"] for r in rows if r["variant"] != "reference"}
+
+    x, y = times(before), times(after)
+    factors = [y[key] / x[key] for key in x if key in y]
+    return (statistics.median(factors) if factors else 1.0), len(factors)
+
+
 def _absolute(key: Key, a: dict[str, Any], b: dict[str, Any], threshold: float) -> Change:
     x, y = a["seconds"], b["seconds"]
     factor = y["median"] / x["median"]
-    # Where the spreads overlap, the medians differ by chance as easily as by the code.
-    worse = factor > 1 + threshold and y["p10"] > x["p90"]
-    return Change(key, factor, worse, f"{x['median'] * 1e3:.3f} -> {y['median'] * 1e3:.3f} ms ({factor:.2f}x)")
+    # Where the spreads overlap, a little more may be chance. Neighbours on the machine make some repetitions slower, never one faster: what
+    # the best ones show too is no chance where the medians differ by twice the threshold.
+    apart = factor > 1 + threshold and y["p10"] > x["p90"]
+    far = factor > 1 + 2 * threshold and y["best"] > (1 + threshold) * x["best"]
+    return Change(key, factor, apart or far, f"{x['median'] * 1e3:.3f} -> {y['median'] * 1e3:.3f} ms ({factor:.2f}x)")
 
 
 def _relative(key: Key, a: dict[str, Any], b: dict[str, Any], threshold: float) -> Change:
@@ -98,6 +125,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--threshold", type=float, default=0.1, help="share by which a time may grow (default 0.1)")
     parser.add_argument("--relative", action="store_true", help="compare ratios to the fastest baseline: for different machines")
+    parser.add_argument("--partial", action="store_true", help="the second file may lack benches and cases")
     arguments = parser.parse_args(argv)
     try:
         before, after = read(arguments.before), read(arguments.after)
@@ -107,12 +135,20 @@ def main(argv: list[str]) -> int:
     if not arguments.relative and (problem := _different_machines(before, after)):
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    changes = compare(before, after, arguments.threshold, arguments.relative)
-    if not changes:
+    lacking = [] if arguments.partial else missing(before, after)
+    for name in lacking:
+        print(f"MISSING {name}: not in {arguments.after} (--partial allows it)")
+    changes = compare(before, after, arguments.threshold, arguments.relative, arguments.partial)
+    if not changes and not lacking:
         print("error: no row of ours is in both files", file=sys.stderr)
         return 2
     for change in sorted(changes, key=lambda c: -c.factor):
         print(change)
     worse = sum(c.worse for c in changes)
-    print(f"{worse} of {len(changes)} rows worse by more than {arguments.threshold:.0%}")
-    return int(worse > 0)
+    print(f"{worse} of {len(changes)} rows worse by more than {arguments.threshold:.0%}, {len(lacking)} benches missing")
+    if not arguments.relative:
+        factor, count = drift(before, after)
+        print(
+            f"{count} baselines, which are not ours: {factor:.2f}x the time (median); far from 1, the machine was another (see --relative)"
+        )
+    return int(worse > 0 or bool(lacking))
