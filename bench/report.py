@@ -20,16 +20,20 @@ HEAD = """# Performance
 Written by `python -m bench report` from the files in `bench/results`; do not edit. `python -m bench` measures this machine (see
 `python -m bench --help`).
 
-How to read the tables. *time* is the median of repetitions in which all variants of a row took turns; the 10th and 90th percentile are
-in parentheses ("n=1": one call, because it takes longer than 10 s). *rate* counts true work only: visible query-key pairs, rows that
-exist, positions with weight; bytes that must be read or written at least once. *of the ceiling* is the least time that this machine
-needs for that work over the time taken. The least time comes from the read bandwidth and the matrix-product rate measured in the same
-run, whichever takes longer (mem: bandwidth, GEMM: arithmetic); work far beyond the caches is compared with the bandwidth measured beside
-each repetition, which on a virtual machine may double from one second to the next. The other columns are baselines in the same run: their
-time, and how many times longer they took than ours. A variant whose values did not pass the check has no time, nor one that could not run
-on that machine; the reason stands below the table. "(rate)" marks a yardstick that does other work: there our rate is divided by its rate.
+How to read the tables. *time* is the median of repetitions in which all variants of a row took turns; the 10th and 90th percentile are in
+parentheses ("n=1": one call, because it takes longer than 60 s), and the best one where it is below 0.8 of the median. *rate* counts true
+work only: visible query-key pairs, rows that exist, positions with weight; bytes that must be read or written at least once. *of the
+ceiling* is the least time that this machine needs for that work over the time taken. The least time comes from the read bandwidth and the
+matrix-product rate measured in the same run, whichever takes longer (mem: bandwidth, GEMM: arithmetic); work far beyond the caches is
+compared with the bandwidth measured beside each repetition, which on a virtual machine may double from one second to the next. A share
+above 100 % has a "(!)": that ceiling was measured too low, or the work lay in a cache. The other columns are baselines in the same run:
+their time, and how many times longer they took than ours. A variant whose values did not pass the check has no time, nor one that could not
+run on that machine; the reason stands below the table. "(rate)" marks a yardstick that does other work: there our rate is divided by its
+rate. "error" is the relative error (Frobenius) of quantised experts against the same bf16 weights.
 """
 
+#: CPU levels, best first: what LLADA_KERNELS_CPU takes.
+LEVELS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 SCALES = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "us", 1e6))
 
 
@@ -61,7 +65,16 @@ def markdown(machines: dict[str, dict[str, Any]]) -> str:
             if bench["rows"]:
                 parts += [table(bench["rows"]), *notes(bench["rows"])]
         parts += ["### Where we lose\n", lost(content)]
-    return "\n".join([*parts, *unmeasured(machines)]).rstrip() + "\n"
+    return "\n".join([*parts, levels(machines), *unmeasured(machines)]).rstrip() + "\n"
+
+
+def levels(machines: dict[str, dict[str, Any]]) -> str:
+    """The CPU levels that no result file has, in one line."""
+    benches = [entry for content in machines.values() for entry in content["benches"].items()]
+    seen = {bench["environment"]["cpu_level"] for name, bench in benches if not name.startswith("gpu ")}
+    missing = ", ".join(level for level in LEVELS if level not in seen)
+    how = "on a machine that has the level, or a higher one and `LLADA_KERNELS_CPU=LEVEL`, `python -m bench` measures it"
+    return f"CPU levels that were never measured: {missing} ({how}).\n" if missing else ""
 
 
 def unmeasured(machines: dict[str, dict[str, Any]]) -> list[str]:
@@ -161,23 +174,26 @@ def own_cells(row: dict[str, Any], memory: bool) -> list[str]:
     if "seconds" not in row:
         return [f"{row['status']}", "", ""]
     s = row["seconds"]
-    time = f"**{duration(s['median'])}**" + (once(row) or f" ({duration(s['p10'])} - {duration(s['p90'])})")
+    time = f"**{duration(s['median'])}**" + (once(row) or f" ({duration(s['p10'])} - {duration(s['p90'])}{best(row, ', ')})")
     rates = [rate(row[k], unit) for k, unit in (("gflops", "FLOP/s"), ("gbytes", "B/s")) if row.get(k)]
     # Of two rates the one that the ceiling is about; the other is in the JSON file.
     shown = rates[-1] if row.get("bound") == "bandwidth" else rates[0] if rates else ""
     if row.get("tokens_per_second"):
         shown = ", ".join(filter(None, [f"{number(row['tokens_per_second'])} tokens/s", shown]))
     bound = {"bandwidth": "mem", "arithmetic": "GEMM"}.get(row.get("bound", ""), "")
-    percent = f"{row['percent_of_ceiling']:.0f} % {bound}" if "percent_of_ceiling" in row else ""
-    return [time + peak(row, memory) + bits(row), shown, percent]
+    percent = ""
+    if "percent_of_ceiling" in row:
+        percent = f"{row['percent_of_ceiling']:.0f} % {bound}" + " (!)" * (row["percent_of_ceiling"] > 100)
+    return [time + peak(row, memory) + facts(row), shown, percent]
 
 
 def other_cell(row: dict[str, Any], other: dict[str, Any], memory: bool) -> str:
     if "seconds" not in other:
         return str(other["status"])
-    time = duration(other["seconds"]["median"]) + once(other)
+    shown = best(other, "")
+    time = duration(other["seconds"]["median"]) + once(other) + (shown and f" ({shown})")
     ratio = row.get("ratios", {}).get(other["variant"])
-    return time + ("" if ratio is None else f", {number(ratio)}x") + peak(other, memory) + bits(other)
+    return time + ("" if ratio is None else f", {number(ratio)}x") + peak(other, memory) + facts(other)
 
 
 def once(row: dict[str, Any]) -> str:
@@ -185,17 +201,32 @@ def once(row: dict[str, Any]) -> str:
     return " (n=1)" if row["seconds"]["reps"] == 1 else ""
 
 
+def best(row: dict[str, Any], before: str) -> str:
+    """The best repetition, where it is far from the median."""
+    s = row["seconds"]
+    return f"{before}best {duration(s['best'])}" if s["best"] < 0.8 * s["median"] else ""
+
+
 def peak(row: dict[str, Any], memory: bool) -> str:
     size = row.get("extra", {}).get("peak_bytes")
-    return f", peak {size / 2**20:.0f} MiB" if memory and size is not None else ""
-
-
-def bits(row: dict[str, Any]) -> str:
-    """Whether repeated runs agreed, where that was looked at."""
-    extra = row.get("extra", {})
-    if "different_runs" not in extra:
+    if not memory or size is None:
         return ""
-    return f", {extra['different_runs']} of {extra['runs']} runs differ" if extra["different_runs"] else f", {extra['runs']} equal runs"
+    units = (1e9, "GB", 2**30, "GiB") if size >= 1e9 else (1e6, "MB", 2**20, "MiB")
+    return f", peak {number(size / units[0])} {units[1]} ({number(size / units[2])} {units[3]})"
+
+
+def facts(row: dict[str, Any]) -> str:
+    """What else was found: whether repeated runs agreed, the error of quantised weights, how many tokens a forward accepted."""
+    extra, found = row.get("extra", {}), ""
+    if "different_runs" in extra:
+        found += (
+            f", {extra['different_runs']} of {extra['runs']} runs differ" if extra["different_runs"] else f", {extra['runs']} equal runs"
+        )
+    if "relative_error" in extra:
+        found += f", error {100 * extra['relative_error']:.2f} %"
+    if "tokens_per_forward" in extra:
+        found += f", {extra['tokens_per_forward']} tokens per forward"
+    return found
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:

@@ -249,8 +249,8 @@ def test_a_run_with_other_bits_is_seen_and_shown():
     values = iter([1.0, 1.0, 2.0])
     counted = attention.repeats(lambda: (torch.full((2,), next(values)),), SETTINGS)
     assert counted == {"runs": 3, "different_runs": 1}
-    assert report.bits({"extra": counted}) == ", 1 of 3 runs differ"
-    assert report.bits({"extra": {"runs": 100, "different_runs": 0}}) == ", 100 equal runs" and report.bits({}) == ""
+    assert report.facts({"extra": counted}) == ", 1 of 3 runs differ"
+    assert report.facts({"extra": {"runs": 100, "different_runs": 0}}) == ", 100 equal runs" and report.facts({}) == ""
 
 
 def test_decoding_over_the_caches_of_other_projects(monkeypatch):
