@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .config import Config
 from .masks import DiffusionMask
 
-__all__ = ["ModelInputs", "check_token_ids", "prepare"]
+__all__ = ["ModelInputs", "check_token_ids", "prepare", "warn_of_padding"]
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -82,6 +83,8 @@ def prepare(
         made: DiffusionMask = cache.mask([length] * batch)
         visible, default = made, made.position_ids
     else:
+        if mask is None and input_ids is not None and input_ids.is_cpu and not torch.compiler.is_compiling():  # a GPU would be waited for
+            warn_of_padding("input_ids", input_ids, config.pad_token_id)
         visible = plain_mask(batch, length, config.causal, device) if mask is None else _checked_mask(mask, total, batch, length, device)
         default = visible.position_ids if isinstance(visible, DiffusionMask) else torch.arange(length, device=device).repeat(batch)
     cached = isinstance(visible, DiffusionMask) and visible.kind == "cached"
@@ -107,6 +110,17 @@ def check_token_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None
     elif bool(wrong.any()):
         at = tuple(int(i) for i in wrong.nonzero()[0])
         raise ValueError(f"{name}: expected token ids of 0 to {vocab_size - 1}, got {int(ids[at])} at {list(at)}")
+
+
+def warn_of_padding(name: str, ids: Tensor, pad_token_id: int | None) -> None:
+    """Warn of rows [B, S] that look padded; to be asked where there is no attention mask. Looks at both ends only, as transformers does."""
+    if pad_token_id is None or ids.ndim != 2 or not ids.numel() or not bool((ids[:, [0, -1]] == pad_token_id).any()):
+        return
+    warnings.warn(
+        f"{name}: a row begins or ends with pad_token_id {pad_token_id} and there is no attention_mask, so that padding counts as text: "
+        "pass attention_mask (1 = token, 0 = padding), or to generate a list of prompts; ignore this if nothing is padded",
+        stacklevel=4,
+    )
 
 
 @torch.compiler.disable  # masks are planned on the host, with numpy: a graph with fullgraph=True takes one that exists

@@ -253,7 +253,8 @@ class Model(nn.Module):
         Args:
             input_ids: int64 or int32 [B, S] or [T], ids inside the vocabulary.
             mask: who sees whom among the B * S (or T) tokens. A bool tensor [B, S, S], True = visible, is taken too.
-            attention_mask: as for transformers. [B, S]: 1 = token, 0 = padding, which real tokens do not see. [B or 1, 1, S, S]:
+            attention_mask: as for transformers. [B, S]: 1 = token, 0 = padding, which real tokens do not see (on a CPU a warning
+                tells of rows that begin or end with pad_token_id where there is no mask). [B or 1, 1, S, S]:
                 bool, True = visible, or additive, 0 = visible and -inf = hidden; if no row of it is more than two intervals it
                 runs as a DiffusionMask, else on the reference backend.
             position_ids: int64 or int32 [B, S], [1, S] or [T]; by default those of the mask, else 0, 1, ... in each row.

@@ -1,6 +1,7 @@
 """What a model may be given: options that no golden case has, masks, positions, labels, caches, and refusals."""
 
 import functools
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -253,3 +254,22 @@ def test_autocast_is_refused_with_the_remedy():
             with torch.autocast("cpu", enabled=False):
                 inside = m(ids).logits
         assert torch.equal(inside, m(ids).logits)
+
+
+def test_rows_that_look_padded_without_a_mask_are_warned_of():
+    m = random_model(replace(LLADA2, pad_token_id=0, mask_token_id=318, eos_token_id=317))
+    short = {"gen_length": 4, "block_length": 4}
+    right, left, plain = (torch.tensor([[1, 2, 3], row]) for row in ([4, 5, 0], [0, 4, 5], [4, 0, 5]))
+    for ids in (right, left):
+        for name, call in (("input_ids", m), ("inputs", functools.partial(m.generate, **short))):
+            with pytest.warns(UserWarning, match=f"^{name}: a row begins or ends with pad_token_id 0 and there is no attention_mask"):
+                call(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        m(plain)
+        m(right.flatten())
+        m(right, attention_mask=(right != 0).long())
+        m(right, mask=DiffusionMask.bidirectional([0, 3, 6]))
+        m.generate(plain, **short)
+        m.generate([[4, 5, 0]], **short)
+        m.generate(right, attention_mask=right != 0, **short)

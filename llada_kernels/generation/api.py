@@ -84,7 +84,8 @@ def generate(
     Args:
         model: see :class:`GenerationModel`.
         inputs: integer [B, S] or [S] tensor, or a list of prompts (1-D tensors or lists of ids) of any lengths.
-        attention_mask: [B, S] or [S], non-zero at real tokens, if ``inputs`` is padded (left or right).
+        attention_mask: [B, S] or [S], non-zero at real tokens, if ``inputs`` is padded (left or right). Without one a warning tells of
+            rows that begin or end with the model's pad_token_id.
         gen_length: new tokens at most, at least 1. Default 2048; LLaDA-MoE 128.
         block_length: tokens per block. Default 32; LLaDA-MoE 128.
         steps: denoising steps per block (LLaDA2.0, default 32) or in all (LLaDA-MoE, default 128); LLaDA2.1 ignores it.
@@ -134,7 +135,7 @@ def generate(
     mask, eos = special_ids(model, rule.mask_id if mask_id is None else mask_id, rule.eos_id if eos_id is None else eos_id)
     rule = rule.bind(mask_id=mask, eos_id=eos, gen_length=gen_length, block_length=block_length)
 
-    prompts = prompt_list(inputs, attention_mask, model.config.vocab_size, mask)
+    prompts = prompt_list(inputs, attention_mask, model.config.vocab_size, mask, getattr(model.config, "pad_token_id", None))
     seeds = seed_list(seed, len(prompts), rule.needs_seed)
     slots = min(_positive("max_batch", max_batch, len(prompts)), len(prompts))
     longest = max(len(prompt) for prompt in prompts) + gen_length

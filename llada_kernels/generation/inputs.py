@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._families import EOS_TOKEN_ID, MASK_TOKEN_ID
+from .._model_inputs import warn_of_padding
 from .rules import EosIds
 
 __all__ = ["Prompts", "prompt_list", "seed_list", "special_ids"]
@@ -17,8 +18,10 @@ __all__ = ["Prompts", "prompt_list", "seed_list", "special_ids"]
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int]
 
 
-def prompt_list(inputs: Prompts, attention_mask: Tensor | None, vocab_size: int, mask_id: int) -> list[Tensor]:
-    """One int64 [n] tensor per prompt, on the CPU, checked.
+def prompt_list(
+    inputs: Prompts, attention_mask: Tensor | None, vocab_size: int, mask_id: int, pad_token_id: int | None = None
+) -> list[Tensor]:
+    """One int64 [n] tensor per prompt, on the CPU, checked. Warns of rows that look padded without a mask that says so.
 
     Raises:
         TypeError: inputs are neither tensors nor lists of integers.
@@ -28,6 +31,8 @@ def prompt_list(inputs: Prompts, attention_mask: Tensor | None, vocab_size: int,
     prompts = _split(inputs, vocab_size)
     if attention_mask is not None:
         prompts = _unpad(inputs, prompts, attention_mask)
+    elif isinstance(inputs, Tensor):
+        warn_of_padding("inputs", inputs, pad_token_id)
     if not prompts:
         raise ValueError("inputs: expected at least one prompt, got an empty batch")
     checked = []
