@@ -84,7 +84,7 @@ class Generate:
         tokenizer = _tokenizer(self.model)
         text = sys.stdin.read() if self.prompt == "-" else self.prompt
         prompt = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-        options = {"threshold": self.threshold, "decoding": self.decoding, "seed": self.seed}
+        options: dict[str, Any] = {"threshold": self.threshold, "decoding": self.decoding, "seed": self.seed}
         out = model.generate(
             prompt, gen_length=self.gen_length, block_length=self.block_length, temperature=self.temperature,
             **{k: v for k, v in options.items() if v is not None},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ._families import ARCHITECTURES, family_of, read_fields, write_fields
+from ._hub_files import resolve
 
 __all__ = ["Config"]
 
@@ -95,15 +96,20 @@ class Config:
         return cls(**read_fields(values, family), family=family, causal=family == "bailing_moe_v2", raw=copy.deepcopy(dict(values)))
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Config:
-        """Read ``config.json`` from a directory (or the file itself).
+    def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Config:
+        """Read ``config.json``.
+
+        Args:
+            path: a directory, the file itself, or a Hugging Face repository "owner/name" (only this file is downloaded).
+            revision: branch, tag or commit of the repository.
 
         Raises:
             ValueError: there is no such file, it is not a JSON object, or its values are refused by :meth:`from_dict`.
+            OSError: the repository cannot be fetched.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / "config.json"
+        file = Path(path).expanduser() if isinstance(path, (str, os.PathLike)) else None
+        if file is None or file.suffix != ".json":
+            file = resolve(path, revision, ["config.json"]) / "config.json"
         return cls.from_dict(read_json_object(file))
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ._checkpoint_files import (
     sync,
     write_safetensors,
 )
+from ._hub_files import resolve
 from ._tensor_names import Slot, droppable, layout_of, tensor_slots
 from .config import Config, read_json_object
 from .nn.moe import QuantizedWeight
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointError", "LoadReport", "load", "save"]
 
 CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+# Weights as safetensors and plain data only: no pickles, no code.
+_WANTED = ("*.json", "*.safetensors", "*.jinja")
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 
@@ -61,18 +63,17 @@ class LoadReport:
 def load(
     model_class: type[Model],
     path: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
     expert_dtype: str | None = None,
 ) -> Model:
     """Build a model from an official checkpoint; see :meth:`llada_kernels.Model.from_pretrained`."""
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-        raise ValueError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
+    dtype = _dtype(dtype)
     if expert_dtype is not None and expert_dtype not in KINDS:
         raise ValueError(f"expert_dtype: expected one of {', '.join(KINDS)} or None, got {expert_dtype!r}")
     target = _device(device)
-    directory = _resolve(path, revision)
+    directory = resolve(path, revision, _WANTED)
     config = Config.from_pretrained(directory)
     generation = directory / GENERATION_CONFIG_NAME
     generation_config = read_json_object(generation) if generation.exists() else {}
@@ -104,6 +105,16 @@ def load(
     return model.eval()
 
 
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype, None for the stored one."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named is None and dtype in (None, "auto"):
+        return None
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype: expected a floating torch.dtype or its name, 'auto' or None, got {dtype!r}")
+    return named
+
+
 def _device(device: torch.device | str | None) -> torch.device:
     """The device, tried out before anything is read."""
     try:
@@ -113,29 +124,6 @@ def _device(device: torch.device | str | None) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: expected None or a device that PyTorch can use here, got {device!r}: {reason}") from error
     return target
-
-
-def _resolve(path: str | os.PathLike[str], revision: str | None) -> Path:
-    """The directory of a checkpoint: ``path`` itself, or the local copy of a Hugging Face repository."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path: expected a path or a hub id, got {type(path).__name__}")
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        hint = ": pickled weights are refused" if directory.suffix in (".bin", ".pt", ".pth", ".ckpt") else ""
-        raise ValueError(f"path: expected a directory with config.json and safetensors files, got the file {directory}{hint}")
-    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
-        raise ValueError(f"path: expected a directory or a hub id 'owner/name', got {os.fspath(path)!r}, which does not exist")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ValueError(f"path: no directory {path!r} here, and huggingface_hub, which would fetch it, is not installed") from error
-    try:
-        # Weights as safetensors and plain data only: no pickles, no code.
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:
-        raise OSError(f"path: no directory {path!r} here, and it could not be fetched from the hub: {error}") from error
 
 
 def _check(config: Config, tensors: dict[str, TensorInfo], slots: dict[str, Slot], problems: list[str]) -> list[str]:

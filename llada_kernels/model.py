@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import hub
+from . import generation, hub
 from ._model_inputs import ModelInputs, check_token_ids, prepare
 from .config import Config
 from .masks import DiffusionMask
@@ -98,7 +98,7 @@ class Model(nn.Module):
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         *,
         revision: str | None = None,
@@ -111,7 +111,8 @@ class Model(nn.Module):
 
         Args:
             path: a directory, or a Hugging Face repository "owner/name" (downloaded; only JSON and safetensors files are).
-            dtype: of the parameters; None keeps the stored one. Expert biases are fp32; a router weight is never narrowed.
+            dtype: of the parameters, or its name such as "bfloat16"; None and "auto" keep the stored one. Expert biases are fp32;
+                a router weight is never narrowed.
             device: where the model goes; None is the CPU.
             revision: branch, tag or commit of the repository.
             expert_dtype: "int8", "int4" or "fp8" quantises the experts' weights while they are read, one expert at a time, so that the
@@ -323,11 +324,8 @@ class Model(nn.Module):
             raise ValueError("num_outputs: expected None with a cache or a dense mask, got a number")
         return self._run(inputs, cache, router_outputs, hidden_states, num_outputs)
 
-    def generate(self, inputs: Tensor | list[Tensor] | list[list[int]], **options: Any) -> Any:
-        """Continue prompts block by block; see :func:`llada_kernels.generation.generate` for the options and the result."""
-        from .generation import generate
-
-        return generate(self, inputs, **options)
+    #: Continue prompts block by block: the function of :mod:`llada_kernels.generation` as a method.
+    generate = generation.generate
 
     def _run(
         self,

@@ -91,10 +91,11 @@ def test_dtypes():
     wide = Model.from_pretrained(source, dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
     assert torch.equal(wide.layers[1].mlp.w_down, kept.layers[1].mlp.w_down.float())
-    with pytest.raises(ValueError, match="dtype: expected a floating torch.dtype or None, got torch.int8"):
-        Model.from_pretrained(source, dtype=torch.int8)
-    with pytest.raises(ValueError, match="dtype: expected a floating torch.dtype"):
-        Model.from_pretrained(source, dtype="bf16")
+    assert Model.from_pretrained(source, dtype="float32").dtype == torch.float32
+    assert Model.from_pretrained(source, dtype="auto").dtype == torch.bfloat16
+    for wrong in (torch.int8, "bf16", "int8", "nn", 3):
+        with pytest.raises(ValueError, match=f"dtype: expected a floating torch.dtype or its name, 'auto' or None, got {wrong!r}"):
+            Model.from_pretrained(source, dtype=wrong)
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:999", 1.5])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llada_kernels import Model
+from llada_kernels import Config, Model
 
 from .checkpoints import LLADA2, checkpoint, ling, problems
 
@@ -180,6 +180,10 @@ def test_hub_id_is_fetched_without_code_or_pickles(monkeypatch):
     m = Model.from_pretrained("inclusionAI/LLaDA2.0-mini", revision="abc")
     assert m.config.vocab_size == 320 and asked["repo"] == "inclusionAI/LLaDA2.0-mini" and asked["revision"] == "abc"
     assert set(asked["allow_patterns"]) == {"*.json", "*.safetensors", "*.jinja"}
+    asked.clear()
+    assert Config.from_pretrained("inclusionAI/LLaDA2.0-mini", revision="abc").vocab_size == 320
+    assert asked == {"repo": "inclusionAI/LLaDA2.0-mini", "revision": "abc", "allow_patterns": ["config.json"]}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
-    with pytest.raises(OSError, match="no directory 'a/b' here, and it could not be fetched"):
-        Model.from_pretrained("a/b")
+    for cls in (Model, Config):
+        with pytest.raises(OSError, match="no directory 'a/b' here, and it could not be fetched"):
+            cls.from_pretrained("a/b")

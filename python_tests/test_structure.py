@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_importing_imports_no_triton_kernels():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_the_package_shows_its_parts_and_version():
+    code = (
+        "import sys, llada_kernels as l\n"
+        "assert 'llada_kernels.training' not in sys.modules\n"
+        "print(l.__version__, l.training.Trainer.__name__, l.generation.LLaDA20.__name__, l.ops.swiglu.__name__, hasattr(l, 'nonsense'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == [version("llada-kernels"), "Trainer", "LLaDA20", "swiglu", "False"], result.stderr
 
 
 def test_layers_point_one_way():

@@ -222,7 +222,7 @@ class Demo:
         )  # fmt: skip
         for name, changes in settings:
             outs = [self.model.generate([p], **{**self._options(p, SHOWN_BLOCKS, 0.9), **changes}) for p in prompts]
-            total, forwards = sum(len(o[0]) for o in outs), sum(o.num_forwards for o in outs)
+            total, forwards = sum(len(o[0]) for o in outs), sum(o.num_forwards for o in outs if isinstance(o.num_forwards, int))
             self.results.tokens_per_forward[name] = total / forwards
         self._compare(prompts[1])
 

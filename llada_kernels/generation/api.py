@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,7 +49,15 @@ _WITHOUT_EFFECT: dict[type[Any], dict[str, Any]] = {
 }
 
 
-@torch.no_grad()
+#: what other libraries call an argument -> what it is called here
+_ELSEWHERE = {
+    "input_ids": "inputs", "prompt": "inputs", "prompts": "inputs", "max_new_tokens": "gen_length",
+    "max_length": "gen_length, which counts new tokens only", "max_tokens": "gen_length", "block_size": "block_length",
+    "num_inference_steps": "steps", "eos_token_id": "eos_id", "mask_token_id": "mask_id", "do_sample": "temperature, above 0 to draw",
+    "batch_size": "max_batch", "streamer": "on_step", "callback": "on_step",
+}  # fmt: skip
+
+
 def generate(
     model: GenerationModel,
     inputs: Prompts,
@@ -150,6 +160,24 @@ def generate(
     rows = [finished[i] for i in range(len(prompts))]
     forwards = [row.num_forwards for row in rows]
     return GenerationOutput(tuple(row.tokens for row in rows), forwards[0] if len(rows) == 1 else forwards)
+
+
+def _with_hints(function: Callable[..., GenerationOutput]) -> Callable[..., GenerationOutput]:
+    """The function, which tells what an argument is called that it does not have but other libraries do."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> GenerationOutput:
+        for name in kwargs:
+            if name not in known and name in _ELSEWHERE:
+                raise TypeError(f"{name}: expected an argument of generate, got one that is here called {_ELSEWHERE[name]}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+if not TYPE_CHECKING:  # type checkers take the signature as it is written
+    generate = _with_hints(torch.no_grad()(generate))
 
 
 def resolve_rule(family: str, decoding: str | DecodingRule | None, arguments: dict[str, Any]) -> DecodingRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from typing import Any
 
@@ -116,3 +117,29 @@ def test_bad_logits_are_named_without_logits_as_well() -> None:
         model.lm_head_weight[7] = float("nan")
     with pytest.raises(ValueError, match=r"got NaN in row 0, position 3 \(prompt of 3 tokens included\)"):
         generation.generate(model, [1, 2, 3], gen_length=13, block_length=8)
+
+
+def test_generate_is_a_method_with_its_signature() -> None:
+    model = random_model(3, 48, "llada2")
+    ours = inspect.signature(Model.generate)
+    assert {"gen_length", "decoding", "on_step"} <= ours.parameters.keys() and "GenerationOutput" in str(ours.return_annotation)
+    assert "block_length: tokens per block" in (Model.generate.__doc__ or "")
+    assert model.generate([1, 2, 3], gen_length=8)[0].tolist() == generation.generate(model, [1, 2, 3], gen_length=8)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("max_new_tokens", "gen_length"), ("block_size", "block_length"), ("input_ids", "inputs"), ("eos_token_id", "eos_id")],
+)
+def test_names_of_other_libraries_get_a_hint(name: str, ours: str) -> None:
+    model, inputs = random_model(3, 48, "llada2"), [] if name == "input_ids" else [[1, 2]]
+    with pytest.raises(TypeError, match=f"^{name}: expected an argument of generate, got one that is here called {ours}"):
+        model.generate(*inputs, **{name: 3})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        model.generate([1, 2], nonsense=3)  # type: ignore[call-arg]
+
+
+def test_every_hint_names_an_argument() -> None:
+    known = inspect.signature(generation.generate).parameters
+    for name, ours in generation.api._ELSEWHERE.items():
+        assert name not in known and ours.split(",")[0] in known
