@@ -199,8 +199,8 @@ class Trainer:
         """Train to step ``until`` (default: the end), saving as configured; the last step is always saved.
 
         Raises:
-            FloatingPointError: ``max_bad_steps`` steps in a row were not finite, or the last loss of the run is not, or no step
-                was. The last step is then not saved; :meth:`save` does it all the same.
+            FloatingPointError: ``max_bad_steps`` steps in a row were not finite, or the last loss of the run or its weights are
+                not, or no step was. The last step is then not saved; :meth:`save` does it all the same.
             OSError: a checkpoint cannot be written. Earlier ones stay.
         """
         if until is not None:
@@ -317,13 +317,19 @@ class Trainer:
             )
 
     def _check_end(self, metrics: dict[str, Any]) -> None:
-        """Weights that give no loss are no result."""
+        """Weights that give no loss, or are no numbers, are no result."""
         loss = metrics["loss"]
         if (loss is not None and not math.isfinite(loss)) or 0 < self.bad_steps == self.step - self.skipped_steps:
             raise FloatingPointError(
                 f"the run has diverged: loss {loss} at step {metrics['step']}, the last, and {self.bad_steps} of {self.step} steps were "
                 f"not finite; nothing was saved after it. Try a learning_rate below {self.config.learning_rate:g}"
             )
+        for name, parameter in self.optimizer.parameters.items():
+            if parameter.numel() and not all(math.isfinite(float(v)) for v in parameter.detach().aminmax()):
+                raise FloatingPointError(
+                    f"the run has diverged: {name} is not finite after step {metrics['step']}, the last; nothing was saved after it. "
+                    f"Try a learning_rate below {self.config.learning_rate:g}"
+                )
 
     # Checkpoints and metrics
 

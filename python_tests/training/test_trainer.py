@@ -85,12 +85,15 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run():
 
 
 def test_a_run_that_diverges_ends_in_an_error_without_a_checkpoint(tmp_path):
-    trainer = Trainer(tiny_model(), tiny_data(), config(steps=2, learning_rate=1e30, warmup_steps=0), output=tmp_path)
-    with pytest.raises(FloatingPointError, match=r"diverged: loss nan at step 1, the last, and 1 of 2 .* learning_rate below 1e\+30"):
+    trainer = Trainer(tiny_model(), tiny_data(), config(steps=2, learning_rate=1e39, warmup_steps=0), output=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"diverged: loss nan at step 1, the last, and 1 of 2 .* learning_rate below 1e\+39"):
         trainer.run()
     assert latest_checkpoint(tmp_path) is None
-    model = tiny_model()
-    trainer = Trainer(model, tiny_data(), config(steps=2))
+    trainer = Trainer(tiny_model(), tiny_data(), config(steps=1, learning_rate=1e39, warmup_steps=0), output=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"diverged: embed_tokens\.weight is not finite after step 0, the last"):
+        trainer.run()
+    assert latest_checkpoint(tmp_path) is None
+    trainer = Trainer(tiny_model(), tiny_data(), config(steps=2))
     trainer.optimizer.clip = lambda _: torch.tensor(math.inf)  # gradients that overflow, beside a loss that does not
     with pytest.raises(FloatingPointError, match="2 of 2 steps"):
         trainer.run()
