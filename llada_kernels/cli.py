@@ -162,6 +162,8 @@ class Train:
     """Where the model is trained: cpu, cuda, cuda:1."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     """Precision of the weights; the optimizer keeps them in float32 too."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input only: less memory, more time."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -176,6 +178,7 @@ class Train:
         model, tokenizer = Model.from_pretrained(self.model, _dtype(self.dtype), device), _tokenizer(self.model)
         if self.objective == "diffusion" and model.config.causal:
             model = model.as_diffusion()
+        model.gradient_checkpointing = self.gradient_checkpointing
         end = [] if model.config.eos_token_id is None else [model.config.eos_token_id]
         documents = [[*tokenizer.encode(text).ids, *end] for text in texts]
         data = PackedDataset(documents, self.row_tokens, seed=self.seed)

@@ -159,21 +159,27 @@ class Model(nn.Module):
     def as_diffusion(self, mask_token_id: int | None = None) -> Model:
         """The block-diffusion model to train from these weights: an autoregressive parent reads as a LLaDA2 model.
 
-        The result shares its weights with this model (no memory, and training it changes both); only the configuration differs. It
-        predicts token i at position i, which the parent did not: see :func:`llada_kernels.training.wsd_plan` for its training. The
-        generation config is not taken over: the parent's may stop at the mask token.
+        The result shares its weights with this model (no memory, and training it changes both); what is frozen stays so. It predicts token
+        i at position i, which the parent did not: see :func:`llada_kernels.training.wsd_plan` for its training. The generation config
+        is not taken over: the parent's may stop at the mask token.
 
         Args:
             mask_token_id: None keeps the present one.
 
         Raises:
-            ValueError: no mask token is known, the family has no diffusion counterpart, or the experts are quantised.
+            ValueError: no mask token is known, the family has no diffusion counterpart, the experts are quantised, or modules were
+                replaced or wrapped, as by adapters: convert before that.
         """
         kind = next((b.mlp.expert_kind for b in self.layers if isinstance(b.mlp, MoE) and b.mlp.expert_kind), None)
         if kind is not None:
             raise ValueError(f"model: expected weights that are not quantised, got {kind} experts")
         result = Model(self.config.as_diffusion(mask_token_id), dtype=self.dtype, device="meta")
-        result.load_state_dict(self.state_dict(), assign=True)
+        weights = self.state_dict()
+        if wrong := sorted(weights.keys() ^ result.state_dict().keys()):
+            raise ValueError(f"model: expected plain modules (convert before adapters are added), got others: {', '.join(wrong[:3])}")
+        result.load_state_dict(weights, assign=True)
+        for new, old in zip(result.parameters(), self.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
         result.gradient_checkpointing = self.gradient_checkpointing
         return result.train(self.training)
 

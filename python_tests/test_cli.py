@@ -20,7 +20,7 @@ from llada_kernels import cli
 from llada_kernels.demo.corpus import read_corpus, train_tokenizer
 from llada_kernels.generation.api import DECODING
 from llada_kernels.model import Model
-from llada_kernels.training import latest_checkpoint
+from llada_kernels.training import Trainer, latest_checkpoint
 
 from .training.conftest import tiny_config
 
@@ -121,12 +121,15 @@ def test_errors_of_training(checkpoint, tmp_path, capsys):
     assert latest_checkpoint(tmp_path / "run") is None
 
 
-def test_training_at_another_precision_warns_of_a_short_plan_and_goes_on_from_a_checkpoint(checkpoint, tmp_path, capsys):
+def test_training_at_another_precision_warns_of_a_short_plan_and_goes_on_from_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("for name in names:\n" * 40)
     small = ["--row-tokens", "64", "--rows", "2", "--block-size", "8", "--device", "cpu"]
     first = ["train", str(checkpoint), str(text), "--output", str(tmp_path / "a"), "--steps", "2", "--dtype", "bfloat16", *small]
-    assert cli.main(first) == 0
+    models = []
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (models.append(self.model), run(self))[1])
+    assert cli.main([*first, "--gradient-checkpointing"]) == 0 and models[0].gradient_checkpointing
     assert "warning: plan: block size 8, the last, gets none of 2 steps" in capsys.readouterr().err
     newest = latest_checkpoint(tmp_path / "a")
     assert Model.from_pretrained(newest).dtype == torch.bfloat16

@@ -202,6 +202,9 @@ class Trainer:
             FloatingPointError: ``max_bad_steps`` steps in a row were not finite, or the last loss of the run or its weights are
                 not, or no step was. The last step is then not saved; :meth:`save` does it all the same.
             OSError: a checkpoint cannot be written. Earlier ones stay.
+
+        Warns:
+            UserWarning: no step had a supervised token.
         """
         if until is not None:
             check_int("until", until, 0)
@@ -318,6 +321,8 @@ class Trainer:
 
     def _check_end(self, metrics: dict[str, Any]) -> None:
         """Weights that give no loss, or are no numbers, are no result."""
+        if self.skipped_steps == self.step:
+            warnings.warn("dataset: no step had a supervised token; the weights are as they were", stacklevel=3)
         loss = metrics["loss"]
         if (loss is not None and not math.isfinite(loss)) or 0 < self.bad_steps == self.step - self.skipped_steps:
             raise FloatingPointError(

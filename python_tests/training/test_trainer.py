@@ -67,7 +67,8 @@ def test_step_without_supervised_tokens_is_skipped_and_counted():
     for objective in ("ar", "diffusion"):
         model = tiny_model_for(objective)
         before = copy.deepcopy(model.state_dict())
-        trainer = trained(config(steps=3, objective=objective), data, model)
+        with pytest.warns(UserWarning, match="dataset: no step had a supervised token"):
+            trainer = trained(config(steps=3, objective=objective), data, model)
         assert trainer.skipped_steps == 3 and trainer.next_sample == 12 and same(model.state_dict(), before)
 
 
@@ -89,7 +90,7 @@ def test_a_run_that_diverges_ends_in_an_error_without_a_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match=r"diverged: loss nan at step 1, the last, and 1 of 2 .* learning_rate below 1e\+39"):
         trainer.run()
     assert latest_checkpoint(tmp_path) is None
-    trainer = Trainer(tiny_model(), tiny_data(), config(steps=1, learning_rate=1e39, warmup_steps=0), output=tmp_path)
+    trainer = Trainer(tiny_model(), tiny_data(), config(steps=1, plan=[(1.0, 4)], learning_rate=1e39, warmup_steps=0), output=tmp_path)
     with pytest.raises(FloatingPointError, match=r"diverged: embed_tokens\.weight is not finite after step 0, the last"):
         trainer.run()
     assert latest_checkpoint(tmp_path) is None
@@ -245,6 +246,12 @@ def test_the_model_must_be_of_the_objective(tmp_path):
     assert tiny_parent(mask_token_id=None).as_diffusion(7).config.mask_token_id == 7
     with pytest.raises(ValueError, match="model: expected weights that are not quantised, got int8 experts"):
         quantized().as_diffusion()
+    parent.embed_tokens.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in parent.as_diffusion().named_parameters()}
+    assert [n for n, wanted in flags.items() if not wanted] == ["embed_tokens.weight"]
+    parent.lm_head = torch.nn.Sequential(parent.lm_head)
+    with pytest.raises(ValueError, match=r"convert before adapters are added.*lm_head\.0\.weight"):
+        parent.as_diffusion()
 
 
 def quantized():
