@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llada_kernels import _library, info
 from llada_kernels.ops._common import native_reason
 from llada_kernels.ops.moe_routing import native as routing
+from llada_kernels.ops.moe_routing.rule import Rule
 from llada_kernels.ops.rope import native as rope
 from llada_kernels.ops.threshold_unmask.arguments import rule_arguments
 
@@ -32,6 +33,10 @@ def gpu(monkeypatch):
 def test_reasons_on_a_gpu(gpu):
     x = torch.empty(2, 8, device="cuda")
     every = frozenset(_library.OPERATORS)
+
+    def rule(n_group):
+        return Rule(2, n_group, n_group, 1.0, "sigmoid", True, None)
+
     gpu()
     assert native_reason(x) == "native has no CUDA kernels for this op"
     assert native_reason(x, cuda="moe_routing") == "CUDA kernels not built"
@@ -40,8 +45,8 @@ def test_reasons_on_a_gpu(gpu):
     gpu(8, every)
     assert native_reason(x, x, cuda="moe_routing") is None
     assert native_reason(x.half(), cuda="moe_routing") == "native serves float32, bfloat16, got torch.float16"
-    assert routing._supports(x, None, 2, 1) is None
-    assert routing._supports(torch.empty(2, 1496, device="cuda"), None, 2, 8) == (
+    assert routing._supports(x, None, rule(1)) is None
+    assert routing._supports(torch.empty(2, 1496, device="cuda"), None, rule(8)) == (
         "native serves at most 1500 experts and groups together on a GPU, got 1504"
     )
     tables = torch.empty(3, 8, device="cuda"), torch.empty(3, 8, device="cuda")

@@ -175,10 +175,10 @@ PartSum reduce(const Part part, int64_t first, int64_t mask_token_id, Best& best
   constexpr float lowest = std::numeric_limits<float>::lowest();
   const int64_t mask = mask_token_id - first;
   if (0 <= mask && mask < kPart) {
-    float others[kPart], scratch[kPart];
+    float others[kPart];
     std::memcpy(others, part.x, sizeof others);
     others[mask] = -std::numeric_limits<float>::infinity();
-    const float max = whole_part(others, kPart, scratch).max;
+    const float max = whole_part(others, kPart, nullptr).max;  // a whole part of floats is read where it lies
     if (max > best.value) best = {max, first + find(others, max)};
   } else if (part.max > best.value) {
     best = {part.max, first + find(part.x, part.max)};

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import _library
 from .._common import native_reason, register_autograd
 from ..dispatch import Backend
-
-#: As enum class EntropyOf of csrc/lm_loss/params.h.
-_ENTROPY_OF = {None: 0, "all": 1, "correct": 2}
+from .operator import ENTROPY_OF, derivative, gradients, results, setup_context
 
 
 def _supports(hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, *_: object) -> str | None:
@@ -32,55 +32,20 @@ def _native(
         lm_head.contiguous(),
         targets.contiguous(),
         weights.contiguous(),
-        _ENTROPY_OF[entropy],
+        ENTROPY_OF[entropy],
         entropy_temperature,
     )
     return loss, token_losses, None if entropy is None else entropies, correct
 
 
 if _library.load_error is None:
+    torch.library.register_fake("llada_kernels::lm_loss", results)
+    torch.library.register_fake("llada_kernels::lm_loss_backward", gradients)
 
-    @torch.library.register_fake("llada_kernels::lm_loss")
-    def _fake(hidden, lm_head, targets, weights, entropy_of, temperature):  # type: ignore[no-untyped-def]
-        tokens = hidden.shape[0]
-        return (
-            weights.new_empty(()),
-            weights.new_empty(tokens),
-            weights.new_empty(tokens if entropy_of else 0),
-            weights.new_empty(tokens, dtype=torch.bool),
-            weights.new_empty((tokens, 4)),
-        )
+    def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return derivative(torch.ops.llada_kernels.lm_loss_backward, ctx, *(grad.contiguous() for grad in grads[:3]))
 
-    @torch.library.register_fake("llada_kernels::lm_loss_backward")
-    def _fake_backward(  # type: ignore[no-untyped-def]
-        grad_loss, grad_token_losses, grad_entropy, hidden, lm_head, targets, weights, correct,
-        statistics, entropy_of, temperature, need_hidden, need_lm_head,
-    ):  # fmt: skip
-        width = hidden.shape[1]
-        return (
-            hidden.new_empty((hidden.shape[0] if need_hidden else 0, width)),
-            hidden.new_empty((lm_head.shape[0] if need_lm_head else 0, width)),
-        )
-
-    def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.entropy_of, ctx.temperature = inputs
-        _, _, _, correct, statistics = output
-        ctx.mark_non_differentiable(correct, statistics)
-        ctx.save_for_backward(*tensors, correct, statistics)
-
-    def _backward(ctx, grad_loss, grad_token_losses, grad_entropy, *_):  # type: ignore[no-untyped-def]
-        need_hidden, need_lm_head = ctx.needs_input_grad[:2]
-        grad_hidden, grad_lm_head = torch.ops.llada_kernels.lm_loss_backward(
-            grad_loss.contiguous(), grad_token_losses.contiguous(), grad_entropy.contiguous(),
-            *ctx.saved_tensors, ctx.entropy_of, ctx.temperature, need_hidden, need_lm_head,
-        )  # fmt: skip
-        return (
-            grad_hidden if need_hidden else None,
-            grad_lm_head if need_lm_head else None,
-            None, None, None, None,
-        )  # fmt: skip
-
-    register_autograd("llada_kernels::lm_loss", _backward, _setup_context)
+    register_autograd("llada_kernels::lm_loss", _backward, setup_context)
 
 
 BACKEND = Backend("native", _supports, _native)

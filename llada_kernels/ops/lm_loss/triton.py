@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import _triton
 from .._triton import define, define_autograd, triton_reason
 from ..dispatch import Backend
+from .operator import ENTROPY_OF, derivative, gradients, results, setup_context
 
-_ENTROPY_OF = {None: 0, "all": 1, "correct": 2}
 #: Ids that one program of the forward takes, and of which gradients exist at once: [N, 4096] is twice the size of hidden.
 _IDS = 4096
 
@@ -43,7 +43,7 @@ def _forward(
     from . import triton_kernels
 
     hidden, lm_head, targets = hidden.contiguous(), lm_head.contiguous(), targets.contiguous()
-    loss, losses, entropy, correct, statistics = _forward_fake(hidden, lm_head, targets, weights, entropy_of, temperature)
+    loss, losses, entropy, correct, statistics = results(hidden, lm_head, targets, weights, entropy_of, temperature)
     for x in (losses, entropy, correct, statistics):  # of skipped tokens they stay so
         x.zero_()
     (tokens, width), vocab = hidden.shape, lm_head.shape[0]
@@ -61,19 +61,6 @@ def _forward(
             SPLITS=splits, ENTROPY=bool(entropy_of), ONLY_CORRECT=entropy_of == 2, BM=32, num_warps=1,
         )  # fmt: skip
     return (weights * losses).sum(), losses, entropy, correct, statistics
-
-
-def _forward_fake(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, entropy_of: int, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = hidden.shape[0]
-    return (
-        weights.new_empty(()),
-        weights.new_empty(tokens),
-        weights.new_empty(tokens if entropy_of else 0),
-        weights.new_empty(tokens, dtype=torch.bool),
-        weights.new_empty((tokens, 4)),
-    )
 
 
 def _backward(
@@ -95,69 +82,47 @@ def _backward(
     grad_entropy = grad_entropy.contiguous()
     tile = _tile(hidden, False)
     chunk = min(_IDS, -(-vocab // 64) * 64)
-    gradients = hidden.new_empty(tokens, chunk)
+    of_logits = hidden.new_empty(tokens, chunk)
     sizes = {"WIDTH": width, "CHUNK": chunk, **tile}
     row_tiles, columns_tiles, width_tiles = (-(-n // tile[side]) for n, side in ((tokens, "BM"), (chunk, "BN"), (width, "BN")))
     for first in range(0, vocab, chunk):
         own = lm_head[first : first + chunk]
         columns = own.shape[0]
         triton_kernels.logit_gradients_kernel[(row_tiles * columns_tiles,)](
-            hidden, own, targets, index, count, statistics, grad, grad_entropy, gradients, first, columns, 1 / temperature,
+            hidden, own, targets, index, count, statistics, grad, grad_entropy, of_logits, first, columns, 1 / temperature,
             ENTROPY=bool(entropy_of), **sizes,
         )  # fmt: skip
         if need_hidden:
-            triton_kernels.hidden_gradient_kernel[(row_tiles * width_tiles,)](gradients, own, index, count, grad_hidden, columns, **sizes)
+            triton_kernels.hidden_gradient_kernel[(row_tiles * width_tiles,)](of_logits, own, index, count, grad_hidden, columns, **sizes)
         if need_lm_head:
             triton_kernels.head_gradient_kernel[(-(-columns // tile["BM"]) * width_tiles,)](
-                gradients, hidden, index, count, grad_lm_head[first : first + chunk], columns, **sizes
+                of_logits, hidden, index, count, grad_lm_head[first : first + chunk], columns, **sizes
             )
     return grad_hidden.to(hidden.dtype), grad_lm_head
 
 
-def _backward_fake(
-    grad_loss: Tensor, grad_losses: Tensor, grad_entropy: Tensor, hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor,
-    correct: Tensor, statistics: Tensor, entropy_of: int, temperature: float, need_hidden: bool, need_lm_head: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    width = hidden.shape[1]
-    return (
-        hidden.new_empty((hidden.shape[0] if need_hidden else 0, width)),
-        hidden.new_empty((lm_head.shape[0] if need_lm_head else 0, width)),
-    )
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.entropy_of, ctx.temperature = inputs
-    _, _, _, correct, statistics = output
-    ctx.mark_non_differentiable(correct, statistics)
-    ctx.save_for_backward(*tensors, correct, statistics)
-
-
-def _autograd(ctx: Any, grad_loss: Tensor, grad_losses: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    need_hidden, need_lm_head = ctx.needs_input_grad[:2]
-    grad_hidden, grad_lm_head = torch.ops.llada_kernels_triton.lm_loss_backward(
-        grad_loss, grad_losses, grad_entropy, *ctx.saved_tensors, ctx.entropy_of, ctx.temperature, need_hidden, need_lm_head
-    )
-    return grad_hidden if need_hidden else None, grad_lm_head if need_lm_head else None, None, None, None, None
+def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return derivative(torch.ops.llada_kernels_triton.lm_loss_backward, ctx, *grads[:3])
 
 
 define(
     "lm_loss(Tensor hidden, Tensor lm_head, Tensor targets, Tensor weights, int entropy_of, float temperature) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward, _forward_fake,
+    _forward, results,
 )  # fmt: skip
 define(
     "lm_loss_backward(Tensor grad_loss, Tensor grad_losses, Tensor grad_entropy, Tensor hidden, Tensor lm_head, Tensor targets, "
     "Tensor weights, Tensor correct, Tensor statistics, int entropy_of, float temperature, bool need_hidden, bool need_lm_head) "
     "-> (Tensor, Tensor)",
-    _backward, _backward_fake,
+    _backward, gradients,
 )  # fmt: skip
-define_autograd("lm_loss", _autograd, _setup_context)
+define_autograd("lm_loss", _autograd, setup_context)
 
 
 def _lm_loss(
     hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, entropy: str | None, entropy_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    arguments = hidden, lm_head, targets, weights, _ENTROPY_OF[entropy], entropy_temperature
+    arguments = hidden, lm_head, targets, weights, ENTROPY_OF[entropy], entropy_temperature
     loss, losses, entropies, correct, _ = torch.ops.llada_kernels_triton.lm_loss(*arguments)
     return loss, losses, None if entropy is None else entropies, correct
 

@@ -9,6 +9,7 @@ from .._common import check_same, check_shape, check_tensor
 from ..dispatch import run
 from . import native, reference, triton
 from .routing import Routing
+from .rule import Rule
 
 __all__ = ["BACKENDS", "Routing", "moe_routing"]
 
@@ -97,17 +98,5 @@ def moe_routing(
         if not top_k <= capacity <= experts:
             raise ValueError(f"block_pool: expected an expert capacity of {top_k} (top_k) to {experts}, got {capacity}")
         block_pool = (int(block_size), int(capacity))
-    return run(
-        "moe_routing",
-        BACKENDS,
-        backend,
-        logits,
-        expert_bias,
-        top_k,
-        n_group,
-        topk_group,
-        float(scale),
-        score,
-        bool(normalize),
-        block_pool,
-    )
+    rule = Rule(top_k, n_group, topk_group, float(scale), score, bool(normalize), block_pool)
+    return run("moe_routing", BACKENDS, backend, logits, expert_bias, rule)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._common import compute_dtype
 from ..dispatch import Backend
 from .routing import Routing, sort_by_expert
+from .rule import Rule
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -23,18 +24,9 @@ def _only(scores: Tensor, keep: Tensor) -> Tensor:
     return scores.masked_fill(~allowed.view(*allowed.shape, *[1] * (scores.ndim - 2)), float("-inf"))
 
 
-def moe_routing(
-    logits: Tensor,
-    expert_bias: Tensor | None,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    score: str,
-    normalize: bool,
-    block_pool: tuple[int, int] | None,
-) -> Routing:
+def moe_routing(logits: Tensor, expert_bias: Tensor | None, rule: Rule) -> Routing:
     """See :func:`llada_kernels.ops.moe_routing`."""
+    top_k, n_group, topk_group, scale, score, normalize, block_pool = rule
     tokens, experts = logits.shape
     logits = logits.to(compute_dtype(logits))
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)

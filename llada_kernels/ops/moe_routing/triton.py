@@ -10,6 +10,7 @@ from torch import Tensor
 from .._triton import define, define_autograd, triton_reason
 from ..dispatch import Backend
 from .routing import Routing
+from .rule import Rule, derivative, gradient, results, setup_context
 
 #: Slots that one program sorts.
 _CHUNK = 256
@@ -44,7 +45,7 @@ def _forward(
 
     logits = logits.contiguous()
     bias = None if expert_bias is None else expert_bias.float().contiguous()
-    weights, ids, offsets, permutation = result = _forward_fake(logits, bias, top_k)
+    weights, ids, offsets, permutation = result = results(logits, bias, top_k)
     tokens, experts = logits.shape
     if not tokens:
         offsets.zero_()
@@ -76,20 +77,10 @@ def _forward(
     return result
 
 
-def _forward_fake(logits: Tensor, expert_bias: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, experts = logits.shape
-    return (
-        logits.new_empty(tokens, top_k),
-        logits.new_empty(tokens, top_k, dtype=torch.int32),
-        logits.new_empty(experts + 1, dtype=torch.int32),
-        logits.new_empty(tokens * top_k, dtype=torch.int32),
-    )
-
-
 def _backward(grad: Tensor, logits: Tensor, ids: Tensor, scale: float, softmax: bool, normalize: bool) -> Tensor:
     from . import triton_kernels
 
-    out = _backward_fake(grad, logits)
+    out = gradient(grad, logits)
     tokens, experts = logits.shape
     if tokens:
         many = _tokens_per_program(experts)
@@ -100,48 +91,25 @@ def _backward(grad: Tensor, logits: Tensor, ids: Tensor, scale: float, softmax: 
     return out
 
 
-def _backward_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    logits, _, _, _, _, ctx.scale, ctx.softmax, ctx.normalize, _, _ = inputs
-    _, ids, offsets, permutation = output
-    ctx.save_for_backward(logits, ids)
-    ctx.mark_non_differentiable(ids, offsets, permutation)
-
-
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    options = ctx.scale, ctx.softmax, ctx.normalize
-    return torch.ops.llada_kernels_triton.moe_routing_backward(grad, *ctx.saved_tensors, *options), *[None] * 9
+    return derivative(torch.ops.llada_kernels_triton.moe_routing_backward, ctx, grad)
 
 
 define(
     "moe_routing(Tensor logits, Tensor? expert_bias, int top_k, int n_group, int topk_group, float scale, bool softmax, bool normalize, "
     "int block_size, int capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward, _forward_fake,
+    _forward, results,
 )  # fmt: skip
 define(
     "moe_routing_backward(Tensor grad, Tensor logits, Tensor ids, float scale, bool softmax, bool normalize) -> Tensor",
-    _backward, _backward_fake,
+    _backward, gradient,
 )  # fmt: skip
-define_autograd("moe_routing", _autograd, _setup_context)
+define_autograd("moe_routing", _autograd, setup_context)
 
 
-def _moe_routing(
-    logits: Tensor,
-    expert_bias: Tensor | None,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    score: str,
-    normalize: bool,
-    block_pool: tuple[int, int] | None,
-) -> Routing:
+def _moe_routing(logits: Tensor, expert_bias: Tensor | None, rule: Rule) -> Routing:
     bias = None if expert_bias is None else expert_bias.detach()
-    options = (top_k, n_group, topk_group, scale, score == "softmax", normalize, *(block_pool or (0, 0)))
-    weights, ids, offsets, permutation = torch.ops.llada_kernels_triton.moe_routing(logits, bias, *options)
+    weights, ids, offsets, permutation = torch.ops.llada_kernels_triton.moe_routing(logits, bias, *rule.numbers())
     return Routing(ids, weights, offsets, permutation)
 
 
