@@ -71,6 +71,8 @@ def prepare(
             f"torch.autocast: expected to be off for {device.type}, got it switched on: it would round in other places than the model "
             "does (and the router too). Use model.to(torch.bfloat16) instead; Trainer keeps fp32 masters of the weights"
         )
+    if cache is not None and not hasattr(cache, "page_table"):
+        raise TypeError(f"cache: expected a KVCache or None, got {type(cache).__name__}")
     tokens, rows = _tokens(config, device, dtype, input_ids, inputs_embeds)
     total = tokens.shape[0]
     batch, length = rows or (1, total)

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ _MAX_CONFIG_BYTES = 4 << 20
 class Config:
     """Canonical fields of a model of any family; ``raw`` keeps the ``config.json`` that it was read from.
 
-    Build one with :meth:`from_dict` or :meth:`from_pretrained`, or directly (all counts in tokens, heads or features):
+    Build one with :meth:`from_dict` or :meth:`from_pretrained`, or directly (all counts in tokens, heads or features). A field of the
+    wrong type is a TypeError, one out of range a ValueError.
 
     Attributes:
         moe_layers: for every layer, whether its MLP is a mixture of experts (else a dense MLP of ``intermediate_size``).
@@ -76,6 +77,9 @@ class Config:
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.moe_layers, list):
+            object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
+        _check_types(self)
         _validate(self)
 
     @classmethod
@@ -177,6 +181,26 @@ def read_json_object(file: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, An
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an int"), "float": ((int, float), "a number"), "bool": ((bool,), "True or False"), "str": ((str,), "a str"),
+    "tuple[bool, ...]": ((tuple,), "a tuple of True and False"), "dict[str, Any]": ((dict,), "a dict"),
+}  # fmt: skip
+
+
+def _check_types(c: Config) -> None:
+    """Every field against its annotation, before its value is compared with anything."""
+    for f in fields(c):
+        kind, _, optional = str(f.type).partition(" | ")
+        allowed, expected = _KINDS[kind]
+        value = getattr(c, f.name)
+        fits = isinstance(value, allowed) and (kind == "bool" or not isinstance(value, bool))
+        if isinstance(value, tuple):
+            fits = fits and all(isinstance(v, bool) for v in value)
+        if not fits and not (optional and value is None):
+            or_none = " or None" if optional else ""
+            raise TypeError(f"{f.name}: expected {expected}{or_none}, got {type(value).__name__} {value!r:.80}")
 
 
 def _validate(c: Config) -> None:

@@ -90,7 +90,10 @@ def load(
         model = model_class(config, dtype=model_dtype)
     _keep_router_dtypes(model, tensors, slots)
     if expert_dtype is not None:
-        model.quantize_experts(expert_dtype)
+        try:
+            model.quantize_experts(expert_dtype)
+        except ValueError as error:
+            raise ValueError(f"expert_dtype: {str(error).partition(': ')[2]}") from None
     model.to_empty(device=target)
     state = model.state_dict()
     for name, slot in slots.items():

@@ -16,7 +16,7 @@ from ._model_inputs import ModelInputs, check_token_ids, prepare
 from .config import Config
 from .masks import DiffusionMask
 from .nn import Block, RMSNorm, RouterOutput
-from .nn.moe import MoE
+from .nn.moe import MoE, QuantizedWeight
 from .nn.plain import is_plain
 from .ops._common import compute_dtype
 from .ops.quantized_experts import check_group_size
@@ -83,7 +83,13 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights anew (from PyTorch's global generator of the device)."""
+        """Draw all weights anew (from PyTorch's global generator of the device).
+
+        Raises:
+            ValueError: the experts are quantised: there are no weights of theirs to draw.
+        """
+        if any(isinstance(module, QuantizedWeight) for module in self.modules()):
+            raise ValueError("reset_parameters: expected a model that is not quantised, got quantised experts")
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)

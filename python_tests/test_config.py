@@ -259,3 +259,30 @@ def test_direct_construction_is_validated():
     with pytest.raises(ValueError, match="eos_token_id: expected None or a token id"):
         replace(c, eos_token_id=10**6)
     assert Config.from_dict(MINI | {"eos_token_id": [156892, 156900]}).eos_token_id == 156892
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "message"),
+    [
+        ("vocab_size", "320", "vocab_size: expected an int, got str '320'"),
+        ("hidden_size", 64.5, "hidden_size: expected an int, got float 64.5"),
+        ("num_experts", True, "num_experts: expected an int, got bool True"),
+        ("rope_theta", "1e4", "rope_theta: expected a number, got str '1e4'"),
+        ("rope_theta", None, "rope_theta: expected a number, got NoneType None"),
+        ("use_bias", 1, "use_bias: expected True or False, got int 1"),
+        ("mask_token_id", 3.0, "mask_token_id: expected an int or None, got float 3.0"),
+        ("score_function", 3, "score_function: expected a str, got int 3"),
+        ("moe_layers", (0, 1, 1), r"moe_layers: expected a tuple of True and False, got tuple \(0, 1, 1\)"),
+        ("moe_layers", 3, "moe_layers: expected a tuple of True and False, got int 3"),
+        ("raw", [], "raw: expected a dict, got list"),
+    ],
+)
+def test_fields_have_their_types(field, wrong, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        replace(Config.from_pretrained(GOLDEN / "forward_full"), **{field: wrong})
+
+
+def test_moe_layers_may_be_a_list():
+    config = Config.from_pretrained(GOLDEN / "forward_full")
+    again = replace(config, moe_layers=list(config.moe_layers))
+    assert again == config and hash(again.moe_layers) == hash(config.moe_layers)

@@ -273,3 +273,9 @@ def test_rows_that_look_padded_without_a_mask_are_warned_of():
         m.generate(plain, **short)
         m.generate([[4, 5, 0]], **short)
         m.generate(right, attention_mask=right != 0, **short)
+
+
+def test_a_cache_is_a_kv_cache():
+    for wrong in (object(), (), {}, True):
+        with pytest.raises(TypeError, match=f"cache: expected a KVCache or None, got {type(wrong).__name__}"):
+            random_model(LLADA2)(torch.arange(4), cache=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -45,6 +46,17 @@ def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool
         raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {x.device}")
     if dtype and x.dtype != other.dtype:
         raise ValueError(f"{name}: expected dtype {other.dtype} (that of {other_name}), got {x.dtype}")
+
+
+def check_eps(eps: object) -> float:
+    """``eps`` as a float; raise unless it is a finite number of at least 0."""
+    if type(eps) is float and 0.0 <= eps < math.inf:
+        return eps
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__} {eps!r:.80}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    return float(eps)
 
 
 def native_reason(

@@ -160,6 +160,8 @@ def check_group_size(kind: str, group_size: int | None, columns: int) -> int:
         raise ValueError(f"group_size: expected {FP8_BLOCK} for fp8, got {group_size!r}")
     if size not in GROUP_SIZES:
         raise ValueError(f"group_size: expected one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+    if group_size is None and (columns % size or not columns):
+        raise ValueError(f"kind: expected a weight whose columns are a multiple of {size} for {kind}, got {columns} columns")
     if columns % size or not columns:
         raise ValueError(f"group_size: expected a divisor of the {columns} columns of the weight, got {size}")
     return size

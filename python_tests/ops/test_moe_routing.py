@@ -262,3 +262,9 @@ def test_errors():
 def test_counts_must_be_ints():
     with pytest.raises(TypeError, match="top_k: expected an int, got float"):
         moe_routing(torch.randn(2, 8), None, 2.0)
+
+
+def test_block_pool_is_a_pair_of_ints():
+    for wrong in (3, (4,), (4, 2, 1), (4, 2.0), (True, 2), "42"):
+        with pytest.raises(TypeError, match=r"block_pool: expected None or two ints \(block_size, expert_capacity\), got"):
+            moe_routing(torch.zeros(8, 4), None, 2, block_pool=wrong)

@@ -258,8 +258,18 @@ def test_loading_quantizes(kind, layout, dtype, tmp_path):
 def test_loading_refuses_before_it_allocates(tmp_path):
     with pytest.raises(ValueError, match="expert_dtype: expected one of int8, int4, fp8 or None, got 'fp4'"):
         Model.from_pretrained(tmp_path, expert_dtype="fp4")
-    with pytest.raises(ValueError, match="group_size: expected a divisor of the 16 columns of the weight, got 32"):
+    with pytest.raises(ValueError, match="^expert_dtype: expected a weight whose columns are a multiple of 32 for int4, got 16"):
         Model.from_pretrained(LLADA2.parent, expert_dtype="int4")
+    with pytest.raises(ValueError, match="^kind: expected a weight whose columns are a multiple of 32 for int4, got 16"):
+        Model.from_pretrained(LLADA2.parent).quantize_experts("int4")
+
+
+def test_a_quantised_model_is_not_initialised_anew():
+    m = model(torch.float32).quantize_experts("int8")
+    before = {name: value.clone() for name, value in m.state_dict().items()}
+    with pytest.raises(ValueError, match="reset_parameters: expected a model that is not quantised, got quantised experts"):
+        m.reset_parameters()
+    assert all(torch.equal(value, before[name]) for name, value in m.state_dict().items())
 
 
 PEAK = """

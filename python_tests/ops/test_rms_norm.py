@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llada_kernels.ops import rope
 from llada_kernels.ops.rms_norm import BACKENDS, rms_norm
 from llada_kernels.testing import assert_as_exact_as
 
@@ -152,3 +155,16 @@ def test_errors():
         rms_norm(x.double(), torch.randn(8).double(), backend="native")
     with pytest.raises(ValueError, match="backend: expected one of native, triton, reference, got 'magic'"):
         rms_norm(x, torch.randn(8), backend="magic")
+
+
+def test_eps_is_a_finite_number_of_at_least_0():
+    x, w = torch.ones(4, 8), torch.ones(8)
+    for eps in (-1, -1e-9, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"eps: expected a finite number of at least 0, got {eps}"):
+            rms_norm(x, w, eps)
+        with pytest.raises(ValueError, match=f"eps: expected a finite number of at least 0, got {eps}"):
+            rope(x[:, None], torch.ones(4, 8), torch.ones(4, 8), q_weight=w, eps=eps)
+    for eps in (True, "1e-6", None):
+        with pytest.raises(TypeError, match=f"eps: expected a number, got {type(eps).__name__}"):
+            rms_norm(x, w, eps)
+    assert torch.equal(rms_norm(x, w, 0), rms_norm(x, w, 0.0))

@@ -496,3 +496,13 @@ def test_errors():
         threshold_unmask(**usual, temperature=1.0, forward_index=None)
     with pytest.raises(ValueError, match="native serves float32, bfloat16, got torch.float64"):
         threshold_unmask(**(usual | {"logits": logits.double()}), backend="native")
+
+
+def test_the_mask_token_is_an_int():
+    logits, tokens = torch.randn(1, 4, 50), torch.full((1, 4), 48)
+    want = threshold_unmask(logits, tokens, 48, 0.5).tokens
+    assert torch.equal(threshold_unmask(logits, tokens, torch.tensor(48), 0.5).tokens, want)
+    assert torch.equal(threshold_unmask(logits, tokens, tokens.numpy()[0, 0], 0.5).tokens, want)
+    for wrong, got in ((48.7, "float 48.7"), (48.0, "float 48.0"), (True, "bool True"), (None, "NoneType None"), ("48", "str '48'")):
+        with pytest.raises(TypeError, match=f"mask_token_id: expected an int, got {got}"):
+            threshold_unmask(logits, tokens, wrong, 0.5)

@@ -90,6 +90,9 @@ def moe_routing(
             f"topk_group: expected groups with at least {top_k} experts (top_k), got {topk_group} of {experts // n_group} experts each"
         )
     if block_pool is not None:
+        pair = isinstance(block_pool, tuple | list) and len(block_pool) == 2
+        if not pair or any(isinstance(n, bool) or not isinstance(n, int) for n in block_pool):
+            raise TypeError(f"block_pool: expected None or two ints (block_size, expert_capacity), got {block_pool!r:.80}")
         block_size, capacity = block_pool
         if n_group != 1:
             raise ValueError(f"n_group: expected 1 together with block_pool, got {n_group}")

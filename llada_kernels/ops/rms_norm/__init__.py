@@ -6,7 +6,7 @@ from typing import overload
 
 from torch import Tensor
 
-from .._common import check_same, check_shape, check_tensor
+from .._common import check_eps, check_same, check_shape, check_tensor
 from ..dispatch import run
 from . import native, reference, triton
 
@@ -31,7 +31,7 @@ def rms_norm(
     Args:
         x: (..., H), fp32 or bf16 (triton: fp16 too; the reference takes any floating dtype).
         weight: (H,), dtype of x.
-        eps: added to the mean square.
+        eps: added to the mean square; finite, at least 0.
         residual: (..., H), shape and dtype of x, or None.
         backend: use this backend or raise; by default the first that supports the call.
 
@@ -39,7 +39,8 @@ def rms_norm(
         (..., H), dtype of x; with a residual (that of x + residual, x + residual).
 
     Raises:
-        ValueError: wrong shape, dtype or device; the named backend does not support the call.
+        TypeError: an argument that is not a tensor or a number where one is expected.
+        ValueError: wrong shape, dtype, device or eps; the named backend does not support the call.
 
     Precision: fp32 inside; rounded to the dtype of x before and after the scaling, as the official "cast then scale"; the sum is
         rounded before it is normalised, so that the result is bitwise that of two steps, its gradients as well.
@@ -55,4 +56,4 @@ def rms_norm(
         check_tensor("residual", residual)
         check_shape("residual", residual, *x.shape)
         check_same("residual", residual, "x", x)
-    return run("rms_norm", BACKENDS, backend, x, weight, float(eps), residual)
+    return run("rms_norm", BACKENDS, backend, x, weight, check_eps(eps), residual)

@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .._common import check_same, check_shape, check_tensor
+from .._common import check_eps, check_same, check_shape, check_tensor
 from ..dispatch import run
 from . import native, reference, triton
 
@@ -77,7 +77,7 @@ def rope(
         k: [T, KV heads, D] dtype of q, or None. With k, q may be of its first N tokens only; without, N is T.
         q_weight: [D] dtype of q: scale of the norm of each head of q; None: no norm.
         k_weight: [D] dtype of q: likewise of k. With k, both weights or none.
-        eps: added to the mean squares of the norms.
+        eps: added to the mean squares of the norms; finite, at least 0.
         backend: use this backend or raise; by default the first that supports the call.
 
     Returns:
@@ -89,7 +89,8 @@ def rope(
     Determinism: bitwise, on any number of threads; differentiable in q, k and the weights.
 
     Raises:
-        ValueError: a shape, dtype or device differs from the above, or one weight of two is missing.
+        TypeError: an argument that is not a tensor or a number where one is expected.
+        ValueError: a shape, dtype, device or eps differs from the above, or one weight of two is missing.
     """
     check_tensor("q", q, 3)
     tokens, _, head_dim = q.shape
@@ -115,4 +116,4 @@ def rope(
             check_tensor(name, weight, 1)
             check_shape(name, weight, head_dim)
             check_same(name, weight, "q", q)
-    return run("rope", BACKENDS, backend, q, cos, sin, k, q_weight, k_weight, float(eps))
+    return run("rope", BACKENDS, backend, q, cos, sin, k, q_weight, k_weight, check_eps(eps))

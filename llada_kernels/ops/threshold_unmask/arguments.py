@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ def rule_arguments(
     check_tensor("tokens", tokens, 2, (torch.int64,))
     check_shape("tokens", tokens, rows, length)
     check_same("tokens", tokens, name, x, dtype=False)
+    if type(mask_token_id) is not int:
+        mask_token_id = _id(mask_token_id)
     if not 0 <= mask_token_id < vocab:
         raise ValueError(f"mask_token_id: expected an id in [0, {vocab}), got {mask_token_id}")
     if vocab < 2:
@@ -94,7 +97,17 @@ def rule_arguments(
         *numbers, last = _numbers(rows, x.device, threshold, editing_threshold, min_unmask, draw)
     editable = None if editable is None else editable.contiguous()
     positions = None if positions is None else positions.contiguous()
-    return Rules._make((tokens.contiguous(), int(mask_token_id), *numbers, editable, positions, last))
+    return Rules._make((tokens.contiguous(), mask_token_id, *numbers, editable, positions, last))
+
+
+def _id(value: Any) -> int:
+    """The mask token's id from what stands for an int, such as an integer of NumPy."""
+    try:
+        if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"mask_token_id: expected an int, got {type(value).__name__} {value!r:.80}") from None
 
 
 def _numbers(
