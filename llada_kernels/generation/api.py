@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .engine import Finished, GenerationModel, engine_for
-from .inputs import Prompts, prompt_list, seed_list, special_ids
+from .inputs import Prompts, plain_number, positive, prompt_list, seed_list, special_ids
 from .output import GenerationOutput, OnStep
 from .rules import DecodingRule, LLaDA20, LLaDA21, LowConfidence
 
@@ -67,7 +67,7 @@ def generate(
     block_length: int | None = None,
     steps: int | None = None,
     threshold: float | None = None,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     eos_early_stop: bool | None = None,
@@ -93,14 +93,15 @@ def generate(
 
     Args:
         model: see :class:`GenerationModel`.
-        inputs: integer [B, S] or [S] tensor, or a list of prompts (1-D tensors or lists of ids) of any lengths.
+        inputs: integer [B, S] or [S] tensor, or a list of prompts (1-D tensors or lists of ids) of any lengths. Arrays and numbers of
+            NumPy serve wherever tensors and numbers do.
         attention_mask: [B, S] or [S], non-zero at real tokens, if ``inputs`` is padded (left or right). Without one a warning tells of
             rows that begin or end with the model's pad_token_id.
         gen_length: new tokens at most, at least 1. Default 2048; LLaDA-MoE 128.
         block_length: tokens per block. Default 32; LLaDA-MoE 128.
         steps: denoising steps per block (LLaDA2.0, default 32) or in all (LLaDA-MoE, default 128); LLaDA2.1 ignores it.
         threshold: confidence above which a token is unmasked (LLaDA2), in [0, 1]. Default 0.95.
-        temperature: 0 is greedy; above, tokens are drawn after temperature, top_k and top_p.
+        temperature: 0, the default, is greedy; above, tokens are drawn after temperature, top_k and top_p.
         top_k, top_p: filters of the draw; None: none.
         eos_early_stop: LLaDA2.0: leave a block as soon as the text through the first EOS is complete. (A row always ends
             with the block that contains its first EOS: what would follow is cut off.) Default False.
@@ -134,20 +135,22 @@ def generate(
     given: dict[str, Any] = {
         "threshold": threshold, "steps": steps, "minimal_topk": minimal_topk, "eos_early_stop": eos_early_stop,
         "max_post_steps": max_post_steps, "num_to_transfer": num_to_transfer, "cfg_scale": cfg_scale, "remasking": remasking,
-        "temperature": None if isinstance(temperature, int | float) and temperature == 0 else temperature, "top_k": top_k, "top_p": top_p,
+        "temperature": temperature, "top_k": top_k, "top_p": top_p,
     }  # fmt: skip
-    arguments = {name: value for name, value in given.items() if value is not None}
+    arguments = {name: plain_number(value) for name, value in given.items() if value is not None}
     if editing_threshold is not UNSET:
-        arguments["editing_threshold"] = editing_threshold
+        arguments["editing_threshold"] = plain_number(editing_threshold)
+    if not (on_step is None or callable(on_step)):
+        raise TypeError(f"on_step: expected a callable or None, got {type(on_step).__name__} {on_step!r:.80}")
     rule = resolve_rule(getattr(model.config, "family", "llada2"), decoding, arguments)
-    gen_length = _positive("gen_length", gen_length, 128 if rule.whole_window else 2048)
-    block_length = _positive("block_length", block_length, 128 if rule.whole_window else 32)
+    gen_length = positive("gen_length", gen_length, 128 if rule.whole_window else 2048)
+    block_length = positive("block_length", block_length, 128 if rule.whole_window else 32)
     mask, eos = special_ids(model, rule.mask_id if mask_id is None else mask_id, rule.eos_id if eos_id is None else eos_id)
     rule = rule.bind(mask_id=mask, eos_id=eos, gen_length=gen_length, block_length=block_length)
 
     prompts = prompt_list(inputs, attention_mask, model.config.vocab_size, mask, getattr(model.config, "pad_token_id", None))
     seeds = seed_list(seed, len(prompts), rule.needs_seed)
-    slots = min(_positive("max_batch", max_batch, len(prompts)), len(prompts))
+    slots = min(positive("max_batch", max_batch, len(prompts)), len(prompts))
     longest = max(len(prompt) for prompt in prompts) + gen_length
     engine = engine_for(rule)(model, rule, block_length, slots, longest, on_step)
     waiting = deque(zip(prompts, seeds, strict=True))
@@ -184,7 +187,7 @@ def resolve_rule(family: str, decoding: str | DecodingRule | None, arguments: di
     """The rule that ``decoding``, the model's family and the given arguments ask for.
 
     Raises:
-        ValueError: an unknown name, an argument that the rule does not have, or arguments beside a rule object.
+        ValueError: an unknown name, an argument that the rule does not have, or one that is not that of the rule object.
         TypeError: ``decoding`` is neither a name nor a rule.
     """
     if decoding is None:
@@ -193,8 +196,9 @@ def resolve_rule(family: str, decoding: str | DecodingRule | None, arguments: di
     if not isinstance(decoding, str):
         if not hasattr(decoding, "begin_block") or isinstance(decoding, type):
             raise TypeError(f"decoding: expected the name of a rule or a rule object, got {decoding!r}")
-        if arguments:
-            raise ValueError(f"decoding: expected the rule object to hold the rule's parameters, got also {', '.join(arguments)}")
+        others = [name for name, value in arguments.items() if getattr(decoding, name, UNSET) != value]
+        if others:
+            raise ValueError(f"decoding: expected the rule object to hold the rule's parameters, got also {', '.join(others)}")
         return decoding
     if decoding not in DECODING:
         raise ValueError(f"decoding: expected one of {', '.join(DECODING)}, or a rule object, got {decoding!r}")
@@ -206,13 +210,3 @@ def resolve_rule(family: str, decoding: str | DecodingRule | None, arguments: di
             if harmless is not ... and value != harmless:
                 raise ValueError(f"{name}: expected no value, decoding {decoding!r} does not use it, got {value!r}")
     return kind(**{**values, **{name: value for name, value in arguments.items() if name in names}})
-
-
-def _positive(name: str, value: int | None, default: int) -> int:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value

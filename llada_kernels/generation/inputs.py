@@ -13,7 +13,7 @@ from .._families import EOS_TOKEN_ID, MASK_TOKEN_ID
 from .._model_inputs import warn_of_padding
 from .rules import EosIds
 
-__all__ = ["Prompts", "prompt_list", "seed_list", "special_ids"]
+__all__ = ["Prompts", "plain_number", "positive", "prompt_list", "seed_list", "special_ids"]
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int]
 
@@ -28,6 +28,7 @@ def prompt_list(
         ValueError: an empty batch or prompt, an id outside the vocabulary, a mask token in a prompt, a padding mask that
             does not fit or has holes.
     """
+    inputs, attention_mask = _as_tensor("inputs", inputs), _as_tensor("attention_mask", attention_mask)
     prompts = _split(inputs, vocab_size)
     if attention_mask is not None:
         prompts = _unpad(inputs, prompts, attention_mask)
@@ -63,22 +64,35 @@ def _split(inputs: Any, vocab_size: int) -> list[Tensor]:
         return [inputs] if inputs.ndim == 1 else list(inputs)
     if not isinstance(inputs, Sequence) or isinstance(inputs, str | bytes):
         raise TypeError(f"inputs: expected a tensor or a list of prompts, got {type(inputs).__name__}")
-    if inputs and all(isinstance(x, int) for x in inputs):
+    if inputs and not any(isinstance(x, Sequence) or getattr(x, "ndim", 0) for x in inputs) and not isinstance(inputs[0], Tensor):
         return [_ids("inputs", inputs, vocab_size)]
     prompts = []
-    for i, prompt in enumerate(inputs):
+    for i, given in enumerate(inputs):
+        prompt = _as_tensor(f"inputs[{i}]", given)
         if isinstance(prompt, Tensor):
             prompts.append(prompt)
-        elif isinstance(prompt, Sequence) and all(isinstance(x, int) for x in prompt):
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes):
             prompts.append(_ids(f"inputs[{i}]" if len(inputs) > 1 else "inputs", prompt, vocab_size))
         else:
             raise TypeError(f"inputs[{i}]: expected a tensor or a list of integers, got {type(prompt).__name__}")
     return prompts
 
 
+def _as_tensor(name: str, value: Any) -> Any:
+    """A tensor of an array of NumPy (copied); anything else as it is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array__") or not getattr(value, "ndim", 0):
+        return value
+    try:
+        return torch.tensor(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected integers, got an array of {value.dtype}") from None
+
+
 def _ids(where: str, ids: Sequence[int], vocab_size: int) -> Tensor:
-    """int64 [n]; an id that no tensor can hold is refused here, the others with those of tensors."""
+    """int64 [n]; what no tensor of integers can hold is refused here, other ids with those of tensors."""
     for at, value in enumerate(ids):
+        if type(value) is not int:
+            _integer(f"{where}[{at}]", value, "an integer token id")
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"{where}: expected token ids in [0, {vocab_size}), got {value} at position {at}")
     return torch.tensor(ids, dtype=torch.int64)
@@ -156,6 +170,21 @@ def seed_list(seed: int | Sequence[int] | None, rows: int, needed: bool) -> list
         if not 0 <= s < 2**63:
             raise ValueError(f"seed: expected numbers in [0, 2**63), got {s}")
     return seeds
+
+
+def plain_number(value: Any) -> Any:
+    """The Python number of one of NumPy, or of a tensor that has no dimensions; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def positive(name: str, value: Any, default: int) -> int:
+    """An int of at least 1, or what stands for one; the default for None."""
+    if value is None:
+        return default
+    number = _integer(name, value, "an int")
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    return number
 
 
 def _is_list(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,7 +108,7 @@ def test_bad_values(inputs: Any, kwargs: dict[str, Any], message: str) -> None:
     ("inputs", "kwargs", "message"),
     [
         ("text", {}, "inputs: expected a tensor or a list of prompts, got str"),
-        ([["a"]], {}, r"inputs\[0\]: expected a tensor or a list of integers, got list"),
+        ([["a"]], {}, r"inputs\[0\]: expected an integer token id, got str 'a'"),
         (torch.ones(1, 3), {}, "inputs: expected integer token ids, got torch.float32"),
         ([1], {"gen_length": 8.0}, "gen_length: expected an int, got float"),
         ([1], {"seed": 1.5}, "seed: expected an int, one per prompt or None, got float 1.5"),
@@ -294,3 +295,57 @@ def test_several_eos_ids_save_forwards_and_may_be_the_rules() -> None:
     assert stopped.num_forwards < whole.num_forwards and stopped[0][-1] == end  # type: ignore[operator]
     by_rule = generate([1, 2, 3], model, decoding=LLaDA20(eos_id=(46, end)), gen_length=40)
     assert by_rule[0].tolist() == stopped[0].tolist()
+
+
+def test_arrays_and_numbers_of_numpy() -> None:
+    """What tokenizers and data sets give."""
+    want = generate([1, 2, 3])[0].tolist()
+    array = np.array([1, 2, 3])
+    inputs: list[Any] = [array, array.astype(np.int32), list(array), tuple(array), [array], [list(array)], array[None]]
+    for given in inputs:
+        assert generate(given)[0].tolist() == want
+    padded = np.array([[1, 2, 3, 46], [46, 1, 2, 3]])
+    assert [row.tolist() for row in generate(padded, attention_mask=np.array([[1, 1, 1, 0], [0, 1, 1, 1]]))] == [want, want]
+    assert [row.tolist() for row in generate([array, [1, 2, 3]])] == [want, want]
+    plain: dict[str, Any] = {"gen_length": 8, "block_length": 4, "steps": 3, "threshold": 0.5, "temperature": 0.5, "top_k": 5, "seed": 3}
+    kinds = {int: np.int64, float: np.float32}
+    theirs = {name: kinds[type(value)](value) for name, value in plain.items()}
+    early = {"eos_early_stop": np.bool_(True), "eos_id": np.int64(46), "mask_id": np.int32(47), "max_batch": np.int64(1)}
+    want = generate([1, 2], **plain, eos_early_stop=True)[0].tolist()
+    assert generate([1, 2], **theirs, **early)[0].tolist() == want
+    with pytest.raises(TypeError, match="inputs: expected integers, got an array of object"):
+        generate(np.array([1, "a"], dtype=object))
+    with pytest.raises(TypeError, match="inputs: expected integer token ids, got torch.float64"):
+        generate(np.array([1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([True, False], r"^inputs\[0\]: expected an integer token id, got bool True"),
+        ([1, 2.0], r"^inputs\[1\]: expected an integer token id, got float 2.0"),
+        ([[1], [2, True]], r"^inputs\[1\]\[1\]: expected an integer token id, got bool True"),
+        ([1, None], r"^inputs\[1\]: expected an integer token id, got NoneType None"),
+        ([np.bool_(True)], r"^inputs\[0\]: expected an integer token id, got bool"),
+        (["a text"], r"^inputs\[0\]: expected a tensor or a list of integers, got str"),
+    ],
+)
+def test_ids_are_integers(inputs: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        generate(inputs)
+
+
+def test_an_argument_beside_a_rule_object_must_be_the_rules() -> None:
+    """A temperature of 0 is one that was given."""
+    sampling = LLaDA20(temperature=1.0)
+    with pytest.raises(ValueError, match="decoding: expected the rule object to hold the rule's parameters, got also temperature"):
+        generate([1, 2, 3], decoding=sampling, temperature=0.0)
+    want = generate([1, 2, 3], decoding=sampling, seed=1)[0].tolist()
+    assert generate([1, 2, 3], decoding=sampling, temperature=1.0, seed=1)[0].tolist() == want
+    assert generate([1, 2, 3], temperature=1.0, seed=1)[0].tolist() == want
+    assert generate([1, 2, 3], decoding=LLaDA20(), temperature=0.0)[0].tolist() == generate([1, 2, 3])[0].tolist()
+
+
+def test_on_step_is_called() -> None:
+    with pytest.raises(TypeError, match="on_step: expected a callable or None, got int 3"):
+        generate([1], on_step=3)
