@@ -97,7 +97,11 @@ inline float peak_of(Vec v) {
 // e^x for x <= 0 (or barely above), as vexp of simd.h without what only positive x need: 0 below -87, also for -inf; NaN stays NaN.
 inline Vec exp_of_negative(Vec x) {
   const Vec low = splat(-87.f), magic = splat(12582912.f);
+#if defined(LLADA_CPU_LEVEL_avx512)
+  const Vec clamped = x;
+#else
   const Vec clamped = x < low ? low : x;
+#endif
   const Vec shifted = clamped * 1.44269504f + magic, n = shifted - magic;
   Vec r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -108,8 +112,12 @@ inline Vec exp_of_negative(Vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.f;
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (Vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)y, (__m512)n);
+#else
   const Vec power = (Vec)(((VecI)shifted << 23) + 0x3f800000);  // the low bits of `shifted` are n: moved into the exponent they are 2^n
   return x < low ? Vec{} : y * power;
+#endif
 }
 
 // What scores are referred to: a row may have seen nothing but -inf so far (products overflow), and -inf minus itself is no number.
@@ -128,6 +136,7 @@ inline void hide(float* row, Span seen, int64_t width, float value) {
 template <class P, class SpanOf>
 inline void softmax_step(float* scores, P* p, int64_t tokens, int64_t group, int64_t width, float scale, SpanOf span, float* row_max,
                          float* row_sum, float* out, int64_t d) {
+  const float factor = scale > 0 ? scale : 1.f;
   for (int64_t t = 0; t < tokens; ++t) {
     const Span seen = span(t);
     for (int64_t r = t * group; r < (t + 1) * group; ++r) {
@@ -137,15 +146,16 @@ inline void softmax_step(float* scores, P* p, int64_t tokens, int64_t group, int
         for (int64_t i = 0; i < width; i += kLanes) store_operand(row + i, Vec{});
         continue;
       }
-      for (int64_t i = 0; i < width; i += kLanes) store(s + i, load(s + i) * scale);
+      if (!(scale > 0))  // -inf times it would not hide
+        for (int64_t i = 0; i < width; i += kLanes) store(s + i, load(s + i) * scale);
       hide(s, seen, width, -std::numeric_limits<float>::infinity());
-      Vec top = load(s);
-      for (int64_t i = kLanes; i < width; i += kLanes) top = vmax(load(s + i), top);
+      Vec top = load(s) * factor;
+      for (int64_t i = kLanes; i < width; i += kLanes) top = vmax(load(s + i) * factor, top);
       const float before = row_max[r], peak = peak_of(top), now = peak > before ? peak : before;
       Vec sum{};
       const float shift = finite_peak(now);
       for (int64_t i = 0; i < width; i += kLanes) {
-        const Vec e = exp_of_negative(load(s + i) - shift);
+        const Vec e = exp_of_negative(load(s + i) * factor - shift);
         store_operand(row + i, e);
         sum += e;
       }

@@ -322,3 +322,10 @@ def test_operator_refuses_a_plan_of_other_sizes():
 @pytest.mark.parametrize("backend", NAMES)
 def test_overflowing_scores(backend):
     check_overflowing_scores(lambda *args: block_attention(*args, backend=backend), "cpu")
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_any_scale(backend, dtype, scale):
+    check(backend, DiffusionMask.block_diffusion([0, 40, 147], 8), 4, 2, 16, dtype, scale=scale)
