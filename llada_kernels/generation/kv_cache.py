@@ -158,12 +158,6 @@ class KVCache:
         self.context_lens[row] = 0
         self.page_table[row].zero_()
 
-    def reset(self) -> None:
-        """Empty all rows and forget what was recorded."""
-        for row in range(self.num_rows):
-            self.free(row)
-        self._forget()
-
     def _claim(self, lens: list[int], query_lens: list[int]) -> tuple[Tensor, Tensor]:
         """Take pages for the new blocks; int64 indices of the packed tokens to copy, and of the slots they go to."""
         source, target, begin = [], [], 0

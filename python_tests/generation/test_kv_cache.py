@@ -67,7 +67,7 @@ def test_free_and_reuse() -> None:
     _, keys = forward(cache, [0, 12, 0])
     cache.commit([0, 12, 0])
     assert torch.equal(held(cache, 0, 1), keys[0])
-    cache.reset()
+    cache.free(1)
     assert cache.num_free_pages == 3 and cache.context_lens == [0, 0, 0]
 
 
