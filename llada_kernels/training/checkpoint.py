@@ -175,7 +175,12 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | o
     if output.exists():
         raise FileExistsError(f"output: expected a new directory, got {output}")
     names = [sorted(f.name for f in s.glob("*.safetensors") if f.name != _OPTIMIZER) for s in sources]
-    if not names[0] or any(n != names[0] for n in names):
+    for source, found in zip(sources, names, strict=True):
+        if not found:
+            raise ValueError(
+                f"paths: expected directories with safetensors files, got {source}{'' if source.is_dir() else ', which is none'}"
+            )
+    if any(n != names[0] for n in names):
         raise ValueError(f"paths: expected the same weight files in each, got {names}")
     temporary = output.with_name(f"{_TEMPORARY}{output.name}-{os.getpid()}")
     try:

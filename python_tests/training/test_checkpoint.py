@@ -156,6 +156,10 @@ def test_average(tmp_path):
         average_checkpoints(paths, merged)
     with pytest.raises(ValueError, match="at least one"):
         average_checkpoints([], tmp_path / "x")
+    (tmp_path / "empty").mkdir()
+    for wrong, why in ((tmp_path / "none", ", which is none"), (tmp_path / "empty", "")):
+        with pytest.raises(ValueError, match=f"paths: expected directories with safetensors files, got {wrong}{why}$"):
+            average_checkpoints([paths[0], wrong], tmp_path / "x")
     other = save(tmp_path / "other", 0, tiny_model(num_hidden_layers=3, moe_layers=(False, True, True)))
     with pytest.raises(ValueError, match="same tensors"):
         average_checkpoints([paths[0], other], tmp_path / "x")
