@@ -112,7 +112,7 @@ class Config:
             OSError: the repository cannot be fetched.
         """
         file = Path(path).expanduser() if isinstance(path, (str, os.PathLike)) else None
-        if file is None or file.suffix != ".json":
+        if file is None or not (file.is_file() or file.suffix == ".json"):
             file = resolve(path, revision, ["config.json"]) / "config.json"
         return cls.from_dict(read_json_object(file))
 

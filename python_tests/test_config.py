@@ -286,3 +286,13 @@ def test_moe_layers_may_be_a_list():
     config = Config.from_pretrained(GOLDEN / "forward_full")
     again = replace(config, moe_layers=list(config.moe_layers))
     assert again == config and hash(again.moe_layers) == hash(config.moe_layers)
+
+
+def test_the_file_may_have_any_name(tmp_path):
+    (tmp_path / "mini").write_text(json.dumps(MINI))
+    assert Config.from_pretrained(tmp_path / "mini") == Config.from_dict(MINI)
+    for name, message in (("none.json", "none.json: expected a file, found none"), ("none", "path: expected a directory")):
+        with pytest.raises(ValueError, match=message):
+            Config.from_pretrained(tmp_path / name)
+    with pytest.raises(TypeError, match="path: expected a path or a hub id, got int"):
+        Config.from_pretrained(3)
