@@ -62,9 +62,10 @@ class Ceilings:
         self._read([threads], array_bytes(quick), 0.01 if quick else 0.1)
 
     def settle(self, threads: int, quick: bool = False, tries: int = 20) -> None:
-        """At the end of a run: measure again what ``threads`` threads did not better than one, and drop it where that does not help.
+        """At the end of a run: measure again what ``threads`` threads did hardly better than one (by less than half), and drop it where
+        they stay at or below one.
 
-        Such a ceiling tells of a moment in which the threads shared one core; shares of it would be of nothing. Rows whose least time it
+        Such a ceiling tells of moments in which the threads shared one core; shares of it would be of nothing. Rows whose least time it
         sets then have no share.
         """
         for dtype in _GEMM_DTYPES:
@@ -72,13 +73,12 @@ class Ceilings:
             one, left = self.get(name, 1), tries
             if threads == 1 or one is None:
                 continue
-            while (self.get(name, threads) or 0.0) <= one:
-                if not left:
-                    self.values.pop(f"{name} {threads}", None)
-                    break
+            while left and (self.get(name, threads) or 0.0) < 1.5 * one:
                 left -= 1
                 torch.set_num_threads(threads)
                 self._gemm(dtype, threads, [1024], 0.02 if quick else 0.1)
+            if (self.get(name, threads) or 0.0) <= one:
+                self.values.pop(f"{name} {threads}", None)
 
     def read_now(self, threads: int, size: float | None) -> float | None:
         """Bytes per second that ``threads`` threads read at this moment, from memory in pages of 2 MB; it takes about 3 ms.

@@ -106,7 +106,8 @@ class Case:
         bytes: that must come from or go to memory at least once.
         tokens: new or read ones of a call, for a rate of tokens per second.
         arithmetic: the GEMM ceiling that ``flops`` are compared with: "bfloat16" or "float32".
-        least: fewest repetitions of each variant in a full run, however long a call takes: for cases whose times spread.
+        least: fewest repetitions in a full run, however long a call takes, of ours and of baselines that are somebody's way (not of the
+            reference, nor of one thread): for cases whose times spread.
     """
 
     op: str
@@ -245,7 +246,8 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
             except Exception as error:
                 _note(state.row, error)
                 estimate = state.first
-            counts.append(repetitions(estimate * state.calls, settings, case.least))
+            competes = state.variant.name != "reference" and state.variant.threads is None
+            counts.append(repetitions(estimate * state.calls, settings, case.least if competes else 0))
     collecting = gc.isenabled()
     gc.disable()
     try:

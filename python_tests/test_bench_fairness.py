@@ -40,6 +40,16 @@ def test_no_variant_is_timed_cold_and_another_warm():
     assert clock.calls == ["official", "native", "official", "native", "official", "native", "official", "native"]
 
 
+def test_cases_whose_times_spread_are_repeated_more_often_but_for_the_reference():
+    clock = Clock()
+    variants = [
+        clock.variant("native", [2.0], role="ours"), clock.variant("native, 1 thread", [2.0], role="ours", threads=1),
+        clock.variant("reference", [9.0]), clock.variant("F.grouped_mm", [9.0]),
+    ]  # fmt: skip
+    rows = measure(case(variants, least=7), Settings(), CEILINGS, Stopwatch(clock))
+    assert [r["seconds"]["reps"] for r in rows] == [7, 3, 2, 7]
+
+
 @pytest.mark.parametrize(("beside", "share"), [(9e8, 80.0), (5e8, 80.0), (1e8, 40.0)])
 def test_a_disturbed_reading_beside_a_call_sets_no_ceiling(beside, share):
     """0.9 and 0.5 of the run's bandwidth are states of the machine, a tenth is none: there the run's ceiling counts."""
@@ -76,6 +86,9 @@ def test_a_ceiling_of_two_threads_below_that_of_one_is_measured_again_or_dropped
     sharing_a_core.settle(2, tries=5)
     assert sharing_a_core.get("gemm float32", 2) is None and len(sharing_a_core.measured) == 5
     assert sharing_a_core.get("gemm bfloat16", 2) == 800.0 and sharing_a_core.get("gemm float32", 1) == 203.0
+    few_units = Products([250.0] * 30)
+    few_units.settle(2, tries=5)
+    assert few_units.get("gemm float32", 2) == 250.0 and len(few_units.measured) == 5, "hardly more than one thread: tried, and kept"
     alone = Products([])
     alone.settle(1)
     assert not alone.measured
