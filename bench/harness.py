@@ -36,8 +36,9 @@ class Settings:
         seconds: time for the repetitions of one variant.
         min_reps: fewest repetitions of a variant that takes less than a second.
         max_reps: most repetitions.
-        once: a first, checked call that took longer than this many seconds is the variant's one sample (n=1). Any other first call is no
-            sample: it makes what later ones reuse (an optimizer's state, pages, caches), so it would be another kind of call.
+        once: a variant whose first, checked call took longer than this many seconds has one sample (n=1): that call, or in a case with
+            :attr:`Case.least` another one. Any other first call is no sample: it makes what later ones reuse (an optimizer's state, pages,
+            caches), so it would be another kind of call.
         device, dtype: what benches of a GPU make their inputs on and in; the others name their own.
         without: modules of other projects that are not to be tried though they are installed.
         patience: seconds that a baseline may take to prepare and to return from its first call: some compile for minutes.
@@ -238,8 +239,8 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings, stopwatch: Stopw
     counts: list[int] = []
     for state in running:
         if state.first > settings.once:  # a run of all benches has to end
-            state.samples.append(state.first)
-            counts.append(0)
+            state.samples += [state.first] * (not case.least)
+            counts.append(min(case.least, 1))
         else:
             try:
                 estimate = state.first if state.first > 0.5 else _seconds_of_call(state, stopwatch)

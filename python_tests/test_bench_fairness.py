@@ -40,6 +40,13 @@ def test_no_variant_is_timed_cold_and_another_warm():
     assert clock.calls == ["official", "native", "official", "native", "official", "native", "official", "native"]
 
 
+def test_not_even_a_very_slow_first_step_is_compared_with_warm_ones():
+    clock = Clock()
+    official, ours = clock.variant("official", [90.0, 40.0]), clock.variant("native", [4.0], role="ours")
+    rows = measure(case([official, ours], least=3), Settings(once=60.0), CEILINGS, Stopwatch(clock))
+    assert [(r["seconds"]["reps"], r["seconds"]["median"]) for r in rows] == [(1, 40.0), (3, 4.0)]
+
+
 def test_cases_whose_times_spread_are_repeated_more_often_but_for_the_reference():
     clock = Clock()
     variants = [
