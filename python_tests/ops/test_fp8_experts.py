@@ -130,7 +130,7 @@ def test_errors():
         moe_mlp(x[:, :96], routing, small, good[1])
     for text, weight, group in [
         (r"group_size: expected 128 for fp8, got 64", gate_up, 64),
-        (r"group_size: expected a divisor of the 64 columns of the weight, got 128", gate_up[..., :64], None),
+        (r"kind: expected a weight whose columns are a multiple of 128 for fp8, got 64 columns", gate_up[..., :64], None),
         (r"weight: expected a multiple of 128 rows for fp8, got shape \(6, 100, 256\)", gate_up[:, :100], None),
         (r"weight: expected finite values, got inf or NaN in expert 0", gate_up * float("inf"), None),
         (r"weight: expected finite values, got inf or NaN in expert 0", gate_up * float("nan"), None),
@@ -156,5 +156,5 @@ def test_loading_quantizes(layout, tmp_path):
     assert "fp8" in repr(loaded.layers[1].mlp)
     moved = loaded.to(torch.float64).layers[1].mlp.w_down  # activations and other weights only
     assert moved.data.dtype == torch.float8_e4m3fn and moved.scales.dtype == torch.float32
-    with pytest.raises(ValueError, match="group_size: expected a divisor of the 64 columns of the weight, got 128"):
+    with pytest.raises(ValueError, match="kind: expected a weight whose columns are a multiple of 128 for fp8, got 64"):
         random_model(replace(WIDE, moe_intermediate_size=64)).quantize_experts("fp8")
