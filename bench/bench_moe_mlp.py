@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import itertools
 import sys
@@ -46,8 +48,31 @@ def cases(settings: Settings) -> Iterator[Case]:
                 continue
             weights = expert_weights(dtype, experts, width, hidden) if weights is None else weights
             yield (forward_backward if backward else forward)(name, tokens, kind, dtype, weights, settings)
+        if dtype == torch.bfloat16 and settings.wants(name := f"{trained} tokens, uniform, forward+backward, freed memory kept", dtype):
+            weights = expert_weights(dtype, experts, width, hidden) if weights is None else weights
+            with freed_memory_kept():
+                yield forward_backward(name, trained, "uniform", dtype, weights, settings)
         if dtype == torch.bfloat16:
             yield from quantized_cases(settings, experts, width, hidden, weights)
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """The C library keeps what is freed: the 1.6 GB of gradients of a call are pages that the process had before.
+
+    Fresh pages cost every way as much as its arithmetic, and several times that where the system first has to find them.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library keeps what it likes
+        yield
+        return
+    mallopt(mmap_max, 0), mallopt(trim_threshold, -1)
+    try:
+        yield
+    finally:
+        mallopt(mmap_max, 65536), mallopt(trim_threshold, 128 << 10)
 
 
 def quantized_cases(
