@@ -25,7 +25,7 @@ from .official import OfficialModel, official_generate
 from .runner import main
 from .shapes import bench_model
 
-#: Standard deviation of the logits. At 20 a forward accepts 2 to 3 tokens by the threshold, as a trained model's does; at 4 it accepts none
+#: Standard deviation of the logits. At 20 a forward accepts 2 to 3 tokens by the threshold; at 4 it accepts none
 #: and every forward fills one position.
 LOGIT_SPREAD = 20.0
 #: Least share of bf16 tokens that are the official choice from equal inputs.

@@ -6,11 +6,12 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ._families import ARCHITECTURES, family_of, read_fields, write_fields
+from ._field_types import check_field_types
 from ._hub_files import resolve
 
 __all__ = ["Config"]
@@ -79,7 +80,7 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.moe_layers, list):
             object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
-        _check_types(self)
+        check_field_types(self)
         _validate(self)
 
     @classmethod
@@ -181,26 +182,6 @@ def read_json_object(file: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, An
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values
-
-
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "an int"), "float": ((int, float), "a number"), "bool": ((bool,), "True or False"), "str": ((str,), "a str"),
-    "tuple[bool, ...]": ((tuple,), "a tuple of True and False"), "dict[str, Any]": ((dict,), "a dict"),
-}  # fmt: skip
-
-
-def _check_types(c: Config) -> None:
-    """Every field against its annotation, before its value is compared with anything."""
-    for f in fields(c):
-        kind, _, optional = str(f.type).partition(" | ")
-        allowed, expected = _KINDS[kind]
-        value = getattr(c, f.name)
-        fits = isinstance(value, allowed) and (kind == "bool" or not isinstance(value, bool))
-        if isinstance(value, tuple):
-            fits = fits and all(isinstance(v, bool) for v in value)
-        if not fits and not (optional and value is None):
-            or_none = " or None" if optional else ""
-            raise TypeError(f"{f.name}: expected {expected}{or_none}, got {type(value).__name__} {value!r:.80}")
 
 
 def _validate(c: Config) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from .._field_types import check_field_types
 from ..ops.lm_head_unmask import lm_head_unmask
 from ..ops.threshold_unmask import threshold_unmask
 from ..ops.threshold_unmask.reference import philox_uniform
@@ -152,7 +153,7 @@ class _Rule:
     whole_window: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_field_types(self)
         _check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number of at least 0", self.temperature)
         _check(self.top_k is None or self.top_k >= 0, "top_k", "None or at least 0 (0 is off)", self.top_k)
         _check(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "None or a number in (0, 1]", self.top_p)
@@ -418,24 +419,6 @@ class LowConfidence(_Rule):
 def _spread(total: int, steps: int, step: Tensor) -> Tensor:
     """int64 [R]: the share of the given steps when ``total`` is spread evenly, the remainder over the first ones."""
     return total // steps + (step < total % steps).long()
-
-
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "an int"), "float": ((int, float), "a number"), "bool": ((bool,), "True or False"), "str": ((str,), "a str"),
-    "EosIds": ((int, tuple), "an int, a tuple of ints"),
-}  # fmt: skip
-
-
-def _check_types(rule: Any) -> None:
-    """Every field of a rule against its annotation, before its value is compared with anything."""
-    for field in fields(rule):
-        kind, _, optional = str(field.type).partition(" | ")
-        allowed, expected = _KINDS[kind]
-        value = getattr(rule, field.name)
-        if optional and value is None:
-            continue
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-            raise TypeError(f"{field.name}: expected {expected}{' or None' if optional else ''}, got {type(value).__name__} {value!r:.80}")
 
 
 def _check(ok: bool, name: str, expected: str, got: object) -> None:

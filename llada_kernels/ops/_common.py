@@ -94,7 +94,7 @@ def register_autograd(
 
     def refuse(*_: Any) -> NoReturn:
         name = operator.partition("::")[2]
-        raise NotImplementedError(f"{name}: second derivatives are not supported by this backend, use backend='reference'")
+        raise RuntimeError(f"{name}: expected to be differentiated once with this backend, got a second time: backend='reference' can be")
 
     torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=lib)
     torch.library.register_autograd(f"{operator}_backward", refuse, lib=lib)

@@ -119,7 +119,6 @@ def test_bad_values(inputs: Any, kwargs: dict[str, Any], message: str) -> None:
         ([1], {"seed": torch.tensor([[1]])}, "seed: expected an int, one per prompt or None, got Tensor"),
         ([1], {"eos_id": [1, "a"]}, "eos_id: expected an int, several or None, got str 'a'"),
         ([1], {"eos_id": 1.0}, "eos_id: expected an int, several or None, got float 1.0"),
-        ([1], {"decoding": LLaDA20(eos_id=(1, "a"))}, "eos_id: expected an int, several or None, got str 'a'"),  # type: ignore[arg-type]
         ([1], {"mask_id": "a"}, "mask_id: expected an int or None, got str 'a'"),
         ([1], {"steps": 2.5}, "steps: expected an int, got float 2.5"),
         ([1], {"steps": "3"}, "steps: expected an int, got str '3'"),
@@ -349,3 +348,9 @@ def test_an_argument_beside_a_rule_object_must_be_the_rules() -> None:
 def test_on_step_is_called() -> None:
     with pytest.raises(TypeError, match="on_step: expected a callable or None, got int 3"):
         generate([1], on_step=3)
+
+
+@pytest.mark.parametrize("eos_id", [(1, "a"), (1, True), True, [1, 2]])
+def test_a_rule_checks_its_eos_ids(eos_id):
+    with pytest.raises(TypeError, match="eos_id: expected an int, a tuple of ints or None, got"):
+        LLaDA20(eos_id=eos_id)
