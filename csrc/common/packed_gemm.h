@@ -84,7 +84,6 @@ __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stri
 #pragma GCC unroll 16
           for (int c = 0; c < kLanes; ++c) {
             const T* row = b + (j + half + c) * n_stride + done * kDepth;
-            __builtin_prefetch(row + kPanel * n_stride, 0, 2);  // the next panel, which is wanted as soon as this one is multiplied
             rows[c] = !kOnTiles<T> || half + c < columns ? load_packed(row) : VecU{};
           }
           transpose(rows);
@@ -122,17 +121,38 @@ inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<in
   return multiply_add_pairs(acc, VecU{} + pair, (VecU)b);
 }
 
+// What is fetched from memory during a product (not on tiles): `rows` rows of `lines` cache lines each for every kAheadSteps steps of k.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t row = 0, step = 0;  // bytes from row to row and from one kAheadSteps to the next
+  int64_t rows = 0, lines = 1;
+
+  Ahead part(int64_t i, int64_t parts) const {
+    const int64_t begin = rows * i / parts;
+    return {first + begin * row, row, step, rows * (i + 1) / parts - begin, lines};
+  }
+};
+constexpr int64_t kAheadSteps = 16;  // a cache line of a row of pairs
+
 template <int M, class T>
-inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, float* c, int64_t ldc, bool accumulate, int64_t columns) {
+inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, float* c, int64_t ldc, bool accumulate, int64_t columns,
+                        const Ahead& ahead) {
   Vec acc[M][2] = {};
   constexpr int depth = kPackedDepth<T>;
   const int64_t steps = k / depth;
-  for (int64_t i = 0; i < steps; ++i) {
-    const Vec b0 = load(b + i * kPanel), b1 = load(b + i * kPanel + kLanes);
+  const char* fetched = ahead.first;
+  const int64_t group = ahead.rows > 0 ? kAheadSteps : steps;
+  for (int64_t from = 0; from < steps; from += group, fetched += ahead.step) {
+    for (int64_t r = 0; r < ahead.rows; ++r)
+      for (int64_t l = 0; l < ahead.lines; ++l) __builtin_prefetch(fetched + r * ahead.row + l * 64, 0, 2);
+    const int64_t to = from + group < steps ? from + group : steps;
+    for (int64_t i = from; i < to; ++i) {
+      const Vec b0 = load(b + i * kPanel), b1 = load(b + i * kPanel + kLanes);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      acc[m][0] = multiply_add(acc[m][0], a + m * lda + i * depth, b0, std::integral_constant<int, depth>());
-      acc[m][1] = multiply_add(acc[m][1], a + m * lda + i * depth, b1, std::integral_constant<int, depth>());
+      for (int m = 0; m < M; ++m) {
+        acc[m][0] = multiply_add(acc[m][0], a + m * lda + i * depth, b0, std::integral_constant<int, depth>());
+        acc[m][1] = multiply_add(acc[m][1], a + m * lda + i * depth, b1, std::integral_constant<int, depth>());
+      }
     }
   }
   if constexpr (depth == 2) {
@@ -161,24 +181,26 @@ inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, floa
 
 template <int M, class T>
 inline void packed_rows(int64_t m, const T* a, int64_t lda, const float* b, int64_t k, float* c, int64_t ldc, bool accumulate,
-                        int64_t columns) {
-  if (m == M) return packed_tile<M>(a, lda, b, k, c, ldc, accumulate, columns);
-  if constexpr (M > 1) packed_rows<M - 1>(m, a, lda, b, k, c, ldc, accumulate, columns);
+                        int64_t columns, const Ahead& ahead) {
+  if (m == M) return packed_tile<M>(a, lda, b, k, c, ldc, accumulate, columns, ahead);
+  if constexpr (M > 1) packed_rows<M - 1>(m, a, lda, b, k, c, ldc, accumulate, columns, ahead);
 }
 
 // panel: 32-bit elements from one panel of `packed` to the next, where it was packed for more k than are multiplied here; 0: as many.
 template <class T>
 __attribute__((noinline)) void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
-                                           int64_t ldc, bool accumulate = false, int64_t panel = 0) {
+                                           int64_t ldc, bool accumulate = false, int64_t panel = 0, const Ahead& ahead = {}) {
   if (panel == 0) panel = packed_size<T>(kPanel, k);
   if constexpr (kOnTiles<T>) return gemm_tiles(a, lda, m, packed, n, k, c, ldc, accumulate, panel);
+  const int64_t panels = (n + kPanel - 1) / kPanel;
   for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
     const float* b = reinterpret_cast<const float*>(packed);
     const int64_t columns = n - j < kPanel ? n - j : kPanel;
     const int64_t tiles = (m + kPackedRows - 1) / kPackedRows;  // of rows, alike in size: each reads all of the panel
     for (int64_t t = 0, i = 0, end; t < tiles; ++t, i = end) {
       end = m * (t + 1) / tiles;
-      packed_rows<kPackedRows>(end - i, a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns);
+      packed_rows<kPackedRows>(end - i, a + i * lda, lda, b, k, c + i * ldc + j, ldc, accumulate, columns,
+                               ahead.part(j / kPanel * tiles + t, panels * tiles));
     }
   }
 }

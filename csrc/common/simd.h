@@ -103,6 +103,37 @@ inline void store(bf16* p, Vec v) {
   const VecH h = to_bf16_bits(v);
   std::memcpy(p, &h, sizeof h);
 }
+// Two vectors in a row. Where the processor rounds to bf16 itself, numbers below 2^-126 become 0 and NaN keeps its sign.
+inline void store_both(float* p, Vec low, Vec high) { store(p, low), store(p + kLanes, high); }
+inline void store_both(bf16* p, Vec low, Vec high) {
+#if defined(LLADA_CPU_LEVEL_avx512_bf16)
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  std::memcpy(p, &both, sizeof both);
+#else
+  store(p, low), store(p + kLanes, high);
+#endif
+}
+// As store_both, past the caches where the level has whole lines for that (p: at the begin of one); finish_streamed() before anybody
+// else reads.
+template <class T>
+inline void store_streamed(T* p, Vec low, Vec high) {
+#if defined(LLADA_CPU_LEVEL_avx512)
+  alignas(64) T both[2 * kLanes];
+  store_both(both, low, high);
+  for (size_t i = 0; i < sizeof both / 64; ++i) {
+    __m512i line;
+    std::memcpy(&line, reinterpret_cast<const char*>(both) + i * 64, sizeof line);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p) + i, line);
+  }
+#else
+  store_both(p, low, high);
+#endif
+}
+inline void finish_streamed() {
+#if defined(LLADA_CPU_LEVEL_avx512)
+  _mm_sfence();
+#endif
+}
 template <class T>
 inline Vec round_to(Vec v);
 template <>

@@ -5,7 +5,7 @@
 #include "grouped_gemm/params.h"
 #include "grouped_gemm/row_blocks.h"
 
-#include "grouped_gemm/tiles.h"
+#include "grouped_gemm/weight_gradient.h"
 
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
@@ -15,21 +15,22 @@ template <class T>
 void multiply_groups(const void* a, const void* b, const int32_t* offsets, int64_t groups, int64_t n, int64_t k, int64_t n_stride,
                      int64_t k_stride, void* out, const Parallel& parallel) {
   const std::vector<RowBlock> blocks = row_blocks(offsets, groups, kBlockRows);
-  const int64_t tiles = ceil_div(n, kTile);
-  parallel.items(int64_t(blocks.size()) * tiles, [&](ItemQueue& queue) {
+  in_parts(blocks, n, kTile, parallel, [&](auto&& each) {
     float tile[kStepRows * kTile];
     RightOperand<T> operand;
-    for (int64_t item; queue.next(item);) {
-      const RowBlock& block = blocks[size_t(item / tiles)];
-      const int64_t n0 = item % tiles * kTile, columns = least(kTile, n - n0);
-      const T* weight = static_cast<const T*>(b) + block.expert * n * k + n0 * n_stride;
-      operand.set(weight, n_stride, k_stride, columns, k, block.end - block.begin);
-      for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-        const int64_t m = least(kStepRows, block.end - r);
-        operand.multiply(static_cast<const T*>(a) + r * k, k, m, tile, kTile);
-        store_tile(tile, kTile, m, columns, static_cast<T*>(out) + r * n + n0, n);
+    each([&](const RowBlock& block, int64_t begin, int64_t end) {
+      for (int64_t n0 = begin; n0 < end; n0 += kTile) {
+        const int64_t columns = least(kTile, end - n0);
+        const T* weight = static_cast<const T*>(b) + block.expert * n * k + n0 * n_stride;
+        operand.set(weight, n_stride, k_stride, columns, k, block.end - block.begin);
+        for (int64_t r = block.begin; r < block.end; r += kStepRows) {
+          const int64_t m = least(kStepRows, block.end - r);
+          const bool ahead = r == block.begin && n0 + columns + kTile <= end;
+          operand.multiply(static_cast<const T*>(a) + r * k, k, m, tile, kTile, false, ahead);
+          store_tile(tile, kTile, m, columns, static_cast<T*>(out) + r * n + n0, n);
+        }
       }
-    }
+    });
   });
 }
 

@@ -5,6 +5,7 @@
 #include "grouped_gemm/row_blocks.h"
 #include "moe_mlp/params.h"
 
+#include "grouped_gemm/weight_gradient.h"
 #include "moe_mlp/expert_rows.h"
 #include "swiglu/swiglu.h"
 
@@ -17,21 +18,6 @@ constexpr int64_t kPanelElements = int64_t(16) << 20;
 inline int64_t panel_columns(int64_t slots, int64_t hidden) {
   const int64_t columns = kPanelElements / (slots + 1) / kTile * kTile;
   return least(hidden, columns < kTile ? kTile : columns);
-}
-
-// Cuts the columns of every block into parts of whole tiles. worker(each) runs once per thread, where each(item) calls
-// item(block, first column, end) for the parts that fall to it.
-template <class Worker>
-void in_parts(const std::vector<RowBlock>& blocks, int64_t columns, int64_t tile, const Parallel& parallel, Worker&& worker) {
-  const int64_t tiles = ceil_div(columns, tile), parts = parts_per_block(int64_t(blocks.size()), tiles, parallel.num_threads());
-  parallel.items(int64_t(blocks.size()) * parts, [&](ItemQueue& queue) {
-    worker([&](auto&& item) {
-      for (int64_t i; queue.next(i);) {
-        const int64_t part = i % parts;
-        item(blocks[size_t(i / parts)], tiles * part / parts * tile, least(columns, tiles * (part + 1) / parts * tile));
-      }
-    });
-  });
 }
 
 // For every part of every block product(block, first column, columns, worker's scratch, where in the panel, its leading dimension), then
@@ -84,6 +70,7 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
   constexpr int64_t kHalf = kTile / 2;                  // features at a time: as many gate and up rows
   constexpr int64_t kBeside = kOnTiles<T> ? kHalf : 0;  // both are used as they lie there; else the first is packed by then
   const int64_t k = p.hidden;
+  const bool plain = p.w_gate_up.kind == ExpertWeights::Kind::plain;
   in_parts(blocks, p.width, kHalf, parallel, [&](auto&& each) {
     float gate[kStepRows * kHalf], up[kStepRows * kHalf];
     const auto gathered = scratch<T>(least(kBlockRows, p.tokens * p.top_k) * k);
@@ -124,8 +111,9 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
         own.second.set(weights(p.width + i0, n, kBeside), k, 1, n, k, rows);
         for (int64_t r = 0; r < rows; r += kStepRows) {
           const int64_t m = least(kStepRows, rows - r);
-          own.first.multiply(gathered.get() + r * k, k, m, gate, kHalf);
-          own.second.multiply(gathered.get() + r * k, k, m, up, kHalf);
+          const bool ahead = plain && r == 0 && i0 + n + kHalf <= end;
+          own.first.multiply(gathered.get() + r * k, k, m, gate, kHalf, false, ahead);
+          own.second.multiply(gathered.get() + r * k, k, m, up, kHalf, false, ahead);
           activate(block.begin + r, m, i0, n);
         }
       }
@@ -136,6 +124,7 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
 template <class T>
 void forward(const MoeMlpParams& p, const Parallel& parallel) {
   const int64_t slots = p.tokens * p.top_k, k = p.width;
+  const bool plain = p.w_down.kind == ExpertWeights::Kind::plain;
   const std::vector<RowBlock> blocks = row_blocks(p.offsets, p.experts, kBlockRows);
   const auto act = scratch<T>(slots * k);
   gate_up<T>(p, blocks, act.get(), parallel);
@@ -158,7 +147,7 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
       own.first.set(weights(h0 + j, n), k, 1, n, k, rows);
       for (int64_t r = block.begin; r < block.end; r += kStepRows) {
         const int64_t m = least(kStepRows, block.end - r);
-        own.first.multiply(act.get() + r * k, k, m, tile, kTile);
+        own.first.multiply(act.get() + r * k, k, m, tile, kTile, false, plain && r == block.begin && j + n + kTile <= columns);
         place(r, m, j, n);
       }
     }
@@ -196,7 +185,8 @@ void activation_gradients(const MoeMlpBackwardParams& p, const std::vector<RowBl
         operand.set(weight, 1, p.width, n, p.hidden, block.end - block.begin);
         for (int64_t r = block.begin; r < block.end; r += kStepRows) {
           const int64_t m = least(kStepRows, block.end - r);
-          operand.multiply(rows.get() + (r - block.begin) * p.hidden, p.hidden, m, tile, kTile);
+          const bool ahead = r == block.begin && i0 + n + kTile <= end;
+          operand.multiply(rows.get() + (r - block.begin) * p.hidden, p.hidden, m, tile, kTile, false, ahead);
           for (int64_t i = 0; i < m; ++i) {
             const int64_t slot = p.permutation[r + i], at = (r + i) * 2 * p.width + i0;
             const float routing_weight = p.weights[slot];
@@ -249,7 +239,8 @@ void backward(const MoeMlpBackwardParams& p, const Parallel& parallel) {
       operand.set(weight, 1, p.hidden, n, 2 * p.width, block.end - block.begin);
       for (int64_t r = block.begin; r < block.end; r += kStepRows) {
         const int64_t m = least(kStepRows, block.end - r);
-        operand.multiply(grad_gate_up.get() + r * 2 * p.width, 2 * p.width, m, tile, kTile);
+        const bool ahead = r == block.begin && j + n + kTile <= columns;
+        operand.multiply(grad_gate_up.get() + r * 2 * p.width, 2 * p.width, m, tile, kTile, false, ahead);
         for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
       }
     }

@@ -37,7 +37,8 @@ void check(int64_t m, int64_t n, int64_t k, bool by_k, bool accumulate, int64_t 
   std::vector<uint32_t> packed(packed_size<T>(n, all));
   pack(packed.data(), b.data(), by_k ? all : 1, by_k ? 1 : n, n, all);
   gemm_packed(a.data(), lda, m, packed.data() + skip / kPackedDepth<T> * kPanel, n, k, c.data() + ldc, ldc, accumulate,
-              packed_size<T>(kPanel, all));
+              packed_size<T>(kPanel, all),
+              Ahead{reinterpret_cast<const char*>(a.data()), lda * int64_t(sizeof(T)), 64, accumulate ? m : 0, 1});
   for (size_t i = 0; i < c.size(); ++i) {
     if (c[i] == expected[i]) continue;
     std::printf("failed: m %ld n %ld k %ld by_k %d accumulate %d skip %ld: at %zu expected %g, got %g\n", long(m), long(n), long(k), by_k,

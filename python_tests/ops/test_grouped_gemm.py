@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,6 +99,23 @@ def test_same_bits_for_any_number_of_threads(dtype, num_threads):
     expected = results()
     torch.set_num_threads(num_threads)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(results(), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_gradients_are_those_of_their_groups_alone(dtype):
+    """From 64 MiB on gradients are written past the caches, which changes no bit; 300 rows of a group are summed in two steps."""
+    counts, n, k = [300, 0, 1, 7, 33, 2, 5, 64], 2048, 2048
+    a, b, grad = torch.randn(sum(counts), k).to(dtype), torch.randn(len(counts), n, k).to(dtype), torch.randn(sum(counts), n).to(dtype)
+
+    def gradient(rows, weights, counts, grad):
+        w = weights.detach().requires_grad_()
+        return torch.autograd.grad(grouped_gemm(rows, w, offsets_of(counts), backend="native"), w, grad)[0]
+
+    together = gradient(a, b, counts, grad)
+    assert together.nbytes >= 64 << 20
+    for group, (begin, end) in enumerate(itertools.pairwise(offsets_of(counts).tolist())):
+        alone = gradient(a[begin:end], b[group : group + 1], [end - begin], grad[begin:end])
+        assert torch.equal(together[group], alone[0])
 
 
 @pytest.mark.parametrize("backend", NAMES)
