@@ -121,6 +121,8 @@ inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<in
   return multiply_add_pairs(acc, VecU{} + pair, (VecU)b);
 }
 
+constexpr int64_t kAheadSteps = 16;  // a cache line of a row of pairs
+
 // What is fetched from memory during a product (not on tiles): `rows` rows of `lines` cache lines each for every kAheadSteps steps of k.
 struct Ahead {
   const char* first = nullptr;
@@ -132,7 +134,13 @@ struct Ahead {
     return {first + begin * row, row, step, rows * (i + 1) / parts - begin, lines};
   }
 };
-constexpr int64_t kAheadSteps = 16;  // a cache line of a row of pairs
+
+// Rows of T in the order of k.
+template <class T>
+inline Ahead rows_ahead(const T* first, int64_t ld, int64_t rows) {
+  constexpr int64_t step = kAheadSteps * kPackedDepth<T> * int64_t(sizeof(T));
+  return {reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), step, rows, (step + 63) / 64};
+}
 
 template <int M, class T>
 inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, float* c, int64_t ldc, bool accumulate, int64_t columns,

@@ -124,7 +124,7 @@ void forward(const LmLossParams& p, const Parallel& parallel) {
         weights.set(lm_head + v * p.width, p.width, 1, n, p.width, end - begin);
         for (int64_t t = begin; t < end; t += kStepRows) {
           const int64_t m = least(kStepRows, end - t);
-          weights.multiply(hidden.rows + t * p.width, p.width, m, tile.get(), columns);
+          weights.multiply(hidden.rows + t * p.width, p.width, m, tile.get(), columns, false, t == begin && v + n + columns <= last);
           for (int64_t i = 0; i < m; ++i) {
             const float* z = tile.get() + i * columns;
             add_row<kTempered>(partials[size_t(split * p.kept + t + i)], z, n, v, inverse_temperature);
