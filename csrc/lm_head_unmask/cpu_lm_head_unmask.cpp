@@ -14,51 +14,7 @@ constexpr int64_t kColumns = 64;  // of them, multiplied with kStepRows rows of 
 // Floats from one position's logits to the next: rows of 4 KB share one set of 12 lines of the nearest cache, and 16 are transposed at a
 // time. 32 positions 31.6 -> 29.5 ms, 256 positions 207 -> 196 ms.
 constexpr int64_t kLogitsRow = kPart + kLanes;
-// Rows of 4 KB share one set of 12 lines of the nearest cache: 8 rows and the panel fit, 16 (or the next 8 as well) took 1.6 times as long.
-constexpr int kNarrowRows = kLanes == 16 ? 8 : 4;  // divides kStepRows
-constexpr int64_t kDotPositions = 8;               // up to so many rows of hidden are not worth packing
-
-// Of at most kLanes columns, the first half of a panel: products with the other half would be of zeros. The next rows of A are fetched
-// meanwhile: hardware prefetchers stop at the end of a page, which is one row of 2048 bf16.
-template <int M, class T>
-inline void narrow_tile(const T* a, int64_t lda, int64_t width, const float* b, float* c, int64_t ldc) {
-  constexpr int depth = kPackedDepth<T>;
-  constexpr std::integral_constant<int, depth> tag;
-  constexpr int64_t line = 64 / sizeof(T) / depth;
-  const int64_t steps = width / depth;
-  Vec acc[M] = {};
-  for (int64_t from = 0; from < steps; from += line) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) __builtin_prefetch(a + (M + m) * lda + from * depth, 0, 2);
-    for (int64_t i = from; i < least(from + line, steps); ++i) {
-      const Vec bv = load(b + i * kPanel);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) acc[m] = multiply_add(acc[m], a + m * lda + i * depth, bv, tag);
-    }
-  }
-  if (steps * depth < width) {  // the last element alone: its partner in the panel is zero
-    const Vec bv = load(b + steps * kPanel);
-    for (int m = 0; m < M; ++m) {
-      const T last[2] = {a[m * lda + width - 1], T{0}};
-      acc[m] = multiply_add(acc[m], last, bv, tag);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) store(c + m * ldc, acc[m]);
-}
-
-// C[m][n] = A[m][width] * B, B packed, n a multiple of kLanes.
-template <class T>
-void multiply(const T* a, int64_t lda, int64_t width, int64_t m, const uint32_t* packed, int64_t n, float* c, int64_t ldc,
-              const Ahead& ahead) {
-  const int64_t wide = n / kPanel * kPanel;
-  if (wide > 0) gemm_packed(a, lda, m, packed, wide, width, c, ldc, false, 0, ahead);
-  if (wide == n) return;
-  const float* b = reinterpret_cast<const float*>(packed + packed_size<T>(wide, width));
-  int64_t i = 0;
-  for (; i + kNarrowRows <= m; i += kNarrowRows) narrow_tile<kNarrowRows>(a + i * lda, lda, width, b, c + i * ldc + wide, ldc);
-  for (; i < m; ++i) narrow_tile<1>(a + i * lda, lda, width, b, c + i * ldc + wide, ldc);
-}
+constexpr int64_t kDotPositions = 8;  // up to so many rows of hidden are not worth packing
 
 // lm_head is read once, as it lies: its rows are the left operand and the packed hidden states, which stay in a cache, the right one.
 template <class T>
@@ -90,7 +46,7 @@ void reduce_products(const LmHeadUnmaskParams& p, PartSum* sums, Best* best, con
           }
           for (int64_t j = 0; j < n; j += kColumns, ahead.rows = 0) {
             const int64_t columns = ceil_div(least(kColumns, n - j), kLanes) * kLanes;  // behind n: zeros
-            multiply(rows, ld, width, m, right.get() + packed_size<T>(t + j, width), columns, tile.get(), wide, ahead);
+            gemm_few_columns(rows, ld, m, right.get() + packed_size<T>(t + j, width), columns, width, tile.get(), wide, ahead);
             transpose_rows([&](int64_t r) { return tile.get() + r * wide; }, m, columns, logits.get() + j * kLogitsRow + i, kLogitsRow);
           }
         }

@@ -57,11 +57,18 @@ inline void gather(const Params& p, const T* x, int64_t r, int64_t m, T* rows) {
 template <class T>
 struct ForwardScratch {
   RightOperand<T> first, second;
+  PackedTokens<T> tokens;
   std::unique_ptr<T[]> weights;
 
   ForwardScratch(const ExpertWeights& w, int64_t k, int64_t columns)
       : weights(scratch<T>(w.kind == ExpertWeights::Kind::plain ? 0 : columns * k)) {}
 };
+
+// Whether so many tokens of an expert are packed, rather than its weights or nothing.
+template <class T>
+inline bool few_tokens(int64_t rows) {
+  return kPackTokensFrom <= rows && rows < kPackRowsFrom<T>;
+}
 
 // act[r] = silu(gate) * up of the sorted rows; keeps gate and up in pre_activation if it is wanted.
 template <class T>
@@ -96,8 +103,16 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
         }
       };
       gather(p, static_cast<const T*>(p.x), block.begin, rows, gathered.get());
+      if (few_tokens<T>(rows)) own.tokens.set(gathered.get(), rows, k);
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
+        if (few_tokens<T>(rows)) {
+          const bool ahead = plain && i0 + n + kHalf <= end;
+          own.tokens.multiply(weights(i0, n, 0), n, gate, kHalf, ahead);
+          own.tokens.multiply(weights(p.width + i0, n, 0), n, up, kHalf, ahead);
+          activate(block.begin, rows, i0, n);
+          continue;
+        }
         if (rows < kPackRowsFrom<T>) {
           for (int64_t j = 0; j < n; j += kDotColumns) {  // two streams of weights, each in the order of memory
             const int64_t c = least(kDotColumns, n - j);
@@ -137,8 +152,14 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
     const auto place = [&](int64_t r, int64_t m, int64_t j, int64_t n) {
       for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
     };
+    if (few_tokens<T>(rows)) own.tokens.set(act.get() + block.begin * k, rows, k);
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = least(kTile, columns - j);
+      if (few_tokens<T>(rows)) {
+        own.tokens.multiply(weights(h0 + j, n), n, tile, kTile, plain && j + n + kTile <= columns);
+        place(block.begin, rows, j, n);
+        continue;
+      }
       if (rows < kPackRowsFrom<T>) {
         gemm_few(p.w_down, block.expert, p.hidden, k, h0 + j, n, act.get() + block.begin * k, rows, tile, kTile, own.weights.get());
         place(block.begin, rows, j, n);

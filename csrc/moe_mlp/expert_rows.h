@@ -56,15 +56,8 @@ inline void load_quantized(const uint8_t* p, Vec (&q)[kQuantum / kLanes]) {
 
 template <class T>
 inline void store_32(T* p, const Vec (&v)[kQuantum / kLanes]) {
-#if defined(LLADA_CPU_LEVEL_avx512_bf16)
-  if constexpr (kPackedDepth<T> == 2) {  // one instruction; weights below 1e-38 become 0 in it
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
-    std::memcpy(p, &both, sizeof both);
-    return;
-  }
-#endif
-#pragma GCC unroll 8
-  for (int i = 0; i < kQuantum / kLanes; ++i) store(p + i * kLanes, v[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < kQuantum / kLanes; i += 2) store_both(p + i * kLanes, v[i], v[i + 1]);
 }
 
 template <class Q>

@@ -81,6 +81,20 @@ def test_values_and_gradients(backend, dtype, case):
     assert not any(ours[i][e].any() for i in (3, 4) for e in unused)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden,width", [(64, 32), (130, 70), (33, 9)])
+def test_every_number_of_rows(dtype, hidden, width):
+    """Expert e has e rows: dot products, packed tokens, whole vectors of them and the rest, and packed weights give one answer."""
+    ids = torch.arange(50).repeat_interleave(torch.arange(50))
+    ids = ids[torch.randperm(len(ids))][:, None].int()
+    x, _, weights, w_gate_up, w_down = inputs(len(ids), 50, 1, hidden, width, dtype)
+    ours, same = op("native")(x, ids, weights, w_gate_up, w_down), official(x, ids, weights, w_gate_up, w_down)
+    exact = official(x.double(), ids, weights.double(), w_gate_up.double(), w_down.double())
+    for expert in range(1, 50):
+        rows = ids[:, 0] == expert
+        assert_as_exact_as(ours[rows], same[rows], exact[rows], name=f"{expert} rows")
+
+
 @pytest.mark.parametrize("backend", NAMES)
 def test_rounds_as_the_official_code(backend):
     """bf16: equal to the official order but for rare last bits of silu, and not to orders that round elsewhere."""
