@@ -79,6 +79,7 @@ class Variant:
         flops: of a yardstick, which does other work than the case.
         extra: further facts for the row, such as peak memory; asked for once, after timing.
         prepare: what is done once before the first call and is no part of its time, such as compiling.
+        before: what is done before every call and is no part of its time: the state that a call finds. On a CPU only.
         capture: on a GPU the call may be timed as a CUDA graph: it has no syncs and its launches outweigh its work.
     """
 
@@ -89,6 +90,7 @@ class Variant:
     flops: float | None = None
     extra: Callable[[], dict[str, Any]] | None = None
     prepare: Callable[[], Any] | None = None
+    before: Callable[[], Any] | None = None
     capture: bool = False
 
 
@@ -158,10 +160,18 @@ class Stopwatch:
 
     def __call__(self, variant: Variant, calls: int) -> float:
         """Seconds per call."""
+        if variant.before is not None:
+            return sum(self._after(variant.before, variant) for _ in range(calls)) / calls
         begin = self.clock()
         for _ in range(calls):
             variant.run()
         return (self.clock() - begin) / calls
+
+    def _after(self, before: Callable[[], Any], variant: Variant) -> float:
+        before()
+        begin = self.clock()
+        variant.run()
+        return self.clock() - begin
 
 
 @dataclass
@@ -308,6 +318,8 @@ def _first_call(case: Case, variant: Variant, row: dict[str, Any], stopwatch: St
         with _within(patience):
             if variant.prepare is not None:
                 variant.prepare()
+            if variant.before is not None:
+                variant.before()
             begin = stopwatch.clock()
             result = variant.run()
             elapsed = stopwatch.clock() - begin

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_block_attention, bench_generate, bench_lm_head_unmask, bench_moe_mlp, compare, report
+from bench import bench_block_attention, bench_generate, bench_lm_head_unmask, bench_moe_mlp, bench_threshold_unmask, compare, report
 from bench.ceilings import Ceilings
 from bench.harness import Case, Settings, Stopwatch, measure, set_floor, statistics
 from bench.official import OfficialModel
@@ -45,6 +45,27 @@ def test_not_even_a_very_slow_first_step_is_compared_with_warm_ones():
     official, ours = clock.variant("official", [90.0, 40.0]), clock.variant("native", [4.0], role="ours")
     rows = measure(case([official, ours], least=3), Settings(once=60.0), CEILINGS, Stopwatch(clock))
     assert [(r["seconds"]["reps"], r["seconds"]["median"]) for r in rows] == [(1, 40.0), (3, 4.0)]
+
+
+def test_the_state_that_a_call_finds_is_made_before_each_and_not_timed():
+    clock = Clock()
+
+    def write() -> None:
+        clock.now += 100.0
+        clock.calls.append("written")
+
+    variants = [clock.variant("native", [0.5], role="ours", before=write), clock.variant("softmax", [1.0], before=write)]
+    rows = measure(case(variants), Settings(), CEILINGS, Stopwatch(clock))
+    assert [r["seconds"]["median"] for r in rows] == [pytest.approx(0.5), pytest.approx(1.0)]
+    assert clock.calls[::2] == ["written"] * (len(clock.calls) // 2) and "written" not in clock.calls[1::2]
+
+
+def test_logits_just_written_are_those_of_the_call():
+    state = quick_case(bench_threshold_unmask, "logits just written float32")
+    for variant in state.variants:
+        assert variant.before is not None
+        variant.before()
+        assert state.check(variant.run()) is None
 
 
 def test_cases_whose_times_spread_are_repeated_more_often_but_for_the_reference():

@@ -17,7 +17,8 @@ def _supports(logits: Tensor, rules: Rules) -> str | None:
 
 def _native(logits: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.detach() if logits.requires_grad else logits
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask(logits.contiguous(), *rules)
+    # The overload by name: finding it took 6 of the 90 us of a call behind one that filled the caches.
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.llada_kernels.threshold_unmask.default(logits.contiguous(), *rules)
     return result
 
 
