@@ -76,18 +76,22 @@ def compare(call, leaves, tolerance):
         torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, atol=tolerance, rtol=0)
 
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-    # groups of every kind of size: none, one row, as many as are packed, more than a step; odd depths and columns
-    for n, k in ((70, 75), (64, 96), (33, 31)):
-        offsets = torch.tensor([0, 1, 1, 7, 30, 97, 230], dtype=torch.int32)
-        a, b = torch.randn(230, k).to(dtype), torch.randn(6, n, k).to(dtype)
+    # groups of every kind of size: none, one row, as many as are packed, more than a step; odd depths and columns, more than a tile of them
+    for n, k, offsets in (
+        (70, 75, [0, 1, 1, 7, 30, 97, 230]), (64, 96, [0, 1, 1, 7, 30, 97, 230]), (33, 31, [0, 1, 1, 7, 30, 97, 230]),
+        (270, 300, [0, 301, 301, 560]),
+    ):
+        a, b = torch.randn(offsets[-1], k).to(dtype), torch.randn(len(offsets) - 1, n, k).to(dtype)
+        offsets = torch.tensor(offsets, dtype=torch.int32)
         compare(lambda backend, a, b: grouped_gemm(a, b, offsets, backend=backend), (a, b), tolerance)
     hidden, head = torch.randn(75, 72).to(dtype), (torch.randn(331, 72) / 8).to(dtype)
     targets, weights = torch.randint(331, (75,)), torch.rand(75) * (torch.rand(75) < 0.9)
     compare(lambda backend, h, w: lm_loss(h, w, targets, weights, backend=backend)[0], (hidden, head), tolerance)
-    for positions in (3, 20):
+    for positions in (3, 20, 50, 140):
         tokens = torch.full((2, positions), 330)
+        several = hidden.repeat(4, 1)[: 2 * positions].view(2, positions, -1)
         tokens, confidence, counts = zip(*(
-            lm_head_unmask(hidden[: 2 * positions].view(2, positions, -1) * 2, head, tokens, 330, 0.5, backend=backend)
+            lm_head_unmask(several * 2, head, tokens, 330, 0.5, backend=backend)
             for backend in ("native", "reference")
         ))
         torch.testing.assert_close(confidence[0], confidence[1], atol=tolerance, rtol=0)

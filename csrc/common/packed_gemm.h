@@ -81,8 +81,12 @@ __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stri
       const auto half_panel = [&](int64_t half, auto full) {  // kLanes columns and steps; columns that there are not: zeros
         VecU rows[kLanes];
 #pragma GCC unroll 16
-        for (int c = 0; c < kLanes; ++c)
-          rows[c] = full || half + c < columns ? load_packed(b + (j + half + c) * n_stride + done * kDepth) : VecU{};
+        for (int c = 0; c < kLanes; ++c) {
+          const T* row = b + (j + half + c) * n_stride + done * kDepth;
+          // The next panel. Without tiles `Ahead` has fetched it, and doing it twice took 4 % of a forward.
+          if (kOnTiles<T> && full && j + kPanel < n) __builtin_prefetch(row + kPanel * n_stride, 0, 2);
+          rows[c] = full || half + c < columns ? load_packed(row) : VecU{};
+        }
         transpose(rows);
 #pragma GCC unroll 16
         for (int c = 0; c < kLanes; ++c) std::memcpy(packed + (done + c) * kPanel + half, &rows[c], sizeof(VecU));
@@ -113,7 +117,11 @@ __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stri
   }
 }
 
-inline Vec multiply_add(Vec acc, const float* a, Vec b, std::integral_constant<int, 1>) { return acc + *a * b; }
+inline Vec multiply_add(Vec acc, const float* a, Vec b, std::integral_constant<int, 1>) {
+  float x;
+  std::memcpy(&x, a, 4);  // may be an element of a packed operand
+  return acc + x * b;
+}
 inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<int, 1>) { return acc + to_float(*a) * b; }
 inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<int, 2>) {
   uint32_t pair;
@@ -121,12 +129,14 @@ inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<in
   return multiply_add_pairs(acc, VecU{} + pair, (VecU)b);
 }
 
-constexpr int64_t kAheadSteps = 16;  // a cache line of a row of pairs
+// Steps of k that one cache line of a row of T holds.
+template <class T>
+constexpr int64_t kLineSteps = 64 / sizeof(T) / kPackedDepth<T>;
 
-// What is fetched from memory during a product (not on tiles): `rows` rows of `lines` cache lines each for every kAheadSteps steps of k.
+// What is fetched from memory during a product (not on tiles): `rows` rows of `lines` cache lines each for every kLineSteps steps of k.
 struct Ahead {
   const char* first = nullptr;
-  int64_t row = 0, step = 0;  // bytes from row to row and from one kAheadSteps to the next
+  int64_t row = 0, step = 0;  // bytes from row to row and from one kLineSteps to the next
   int64_t rows = 0, lines = 1;
 
   Ahead part(int64_t i, int64_t parts) const {
@@ -138,8 +148,7 @@ struct Ahead {
 // Rows of T in the order of k.
 template <class T>
 inline Ahead rows_ahead(const T* first, int64_t ld, int64_t rows) {
-  constexpr int64_t step = kAheadSteps * kPackedDepth<T> * int64_t(sizeof(T));
-  return {reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), step, rows, (step + 63) / 64};
+  return {reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), 64, rows, 1};
 }
 
 template <int M, class T>
@@ -149,7 +158,7 @@ inline void packed_tile(const T* a, int64_t lda, const float* b, int64_t k, floa
   constexpr int depth = kPackedDepth<T>;
   const int64_t steps = k / depth;
   const char* fetched = ahead.first;
-  const int64_t group = ahead.rows > 0 ? kAheadSteps : steps;
+  const int64_t group = ahead.rows > 0 ? kLineSteps<T> : steps;
   for (int64_t from = 0; from < steps; from += group, fetched += ahead.step) {
     for (int64_t r = 0; r < ahead.rows; ++r)
       for (int64_t l = 0; l < ahead.lines; ++l) __builtin_prefetch(fetched + r * ahead.row + l * 64, 0, 2);
@@ -230,10 +239,10 @@ inline void narrow_tile(const T* a, int64_t lda, int64_t k, const float* b, floa
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) acc[m][odd] = multiply_add(acc[m][odd], a + m * lda + i * depth, bv, tag);
   };
-  for (int64_t from = 0, i = 0; from < steps; from += kAheadSteps) {
+  for (int64_t from = 0, i = 0; from < steps; from += kLineSteps<T>) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) __builtin_prefetch(a + (M + m) * lda + from * depth, 0, 2);
-    const int64_t to = from + kAheadSteps < steps ? from + kAheadSteps : steps;
+    const int64_t to = from + kLineSteps<T> < steps ? from + kLineSteps<T> : steps;
     for (; i + 2 <= to; i += 2) add(i, 0), add(i + 1, 1);
     if (i < to) add(i++, 0);
   }
@@ -248,10 +257,11 @@ inline void narrow_tile(const T* a, int64_t lda, int64_t k, const float* b, floa
   for (int m = 0; m < M; ++m) store(c + m * ldc, acc[m][0] + acc[m][1]);
 }
 
-// gemm_packed for few columns, n of them, a multiple of kLanes; B is packed for this k. A is what comes from memory.
+// gemm_packed for few columns, n of them, a multiple of kLanes; B is packed for this k. `ahead` counts where there are whole panels: the
+// half one fetches the next rows of A.
 template <class T>
-void gemm_few_columns(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c, int64_t ldc,
-                      const Ahead& ahead) {
+__attribute__((noinline)) void gemm_few_columns(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
+                                                int64_t ldc, const Ahead& ahead = {}) {
   const int64_t wide = n / kPanel * kPanel;
   if (wide > 0) gemm_packed(a, lda, m, packed, wide, k, c, ldc, false, 0, ahead);
   if (wide == n) return;

@@ -30,8 +30,10 @@ constexpr int64_t kPackRowsFrom = kOnTiles<T>    ? 5
                                   : kLanes == 16 ? 24
                                                  : 10;
 constexpr int64_t kPackColumnsFrom = 8;
-// From so many rows of A on, and below kPackRowsFrom, A is packed instead: 512 tokens of the mini model, 16 an expert: 72 -> 60 ms.
-constexpr int64_t kPackTokensFrom = 9;
+// From so many rows of A on, and below kPackRowsFrom, A is packed instead, where that was measured: at avx512_bf16, 512 tokens of the mini
+// model, 16 an expert, took 60 instead of 72 ms in bf16.
+template <class T>
+constexpr int64_t kPackTokensFrom = kLanes == 16 && !kOnTiles<T> && (kPackedDepth<T> == 2 || sizeof(T) == 4) ? 9 : kPackRowsFrom<T>;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -175,7 +177,7 @@ class RightOperand {
   Ahead next() const {
     const T* first = b_ + n_ * n_stride_;
     if (k_stride_ == 1) return rows_ahead(first, n_stride_, n_);
-    constexpr int64_t size = sizeof(T), depth = kAheadSteps * kPackedDepth<T>;
+    constexpr int64_t size = sizeof(T), depth = 64 / size;  // elements of k in a cache line
     return {reinterpret_cast<const char*>(first), k_stride_ * size, depth * k_stride_ * size, depth, ceil_div(n_ * size, 64)};
   }
   void multiply_swapped(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate) const {
@@ -203,27 +205,28 @@ class RightOperand {
   std::unique_ptr<uint32_t[]> buffer_;
 };
 
-// Rows of A, packed as the right operand of products with rows of B as they lie. Beyond whole vectors of them, rows are dot products.
+// Rows of A, at least kPackTokensFrom and fewer than kPackRowsFrom: the first kLanes packed as the right operand of products with rows of B
+// as they lie, further ones in dot products.
 template <class T>
 class PackedTokens {
  public:
   // A must outlive the products.
   void set(const T* a, int64_t rows, int64_t k) {
-    a_ = a, k_ = k, rows_ = rows, columns_ = rows < kLanes ? kLanes : rows / kLanes * kLanes;
-    if (const int64_t size = packed_size<T>(columns_, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
-    pack(buffer_.get(), a, k, 1, least(rows, columns_), k);
+    a_ = a, k_ = k, rows_ = rows;
+    if (const int64_t size = packed_size<T>(kLanes, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
+    pack(buffer_.get(), a, k, 1, least(rows, kLanes), k);
   }
-  // C[m][n] = A[m][k] * B[n][k] for n <= kTile; C has room for at least kLanes rows. ahead: the n rows of B behind these are wanted next.
-  void multiply(const T* b, int64_t n, float* c, int64_t ldc, bool ahead) const {
-    float tile[kTile * kPanel];
-    gemm_few_columns(b, k_, n, buffer_.get(), columns_, k_, tile, columns_, rows_ahead(b + n * k_, k_, ahead ? n : 0));
-    transpose_rows([&](int64_t r) { return tile + r * columns_; }, n, columns_, c, ldc);
-    if (columns_ < rows_) gemm_nt(a_ + columns_ * k_, k_, b, k_, rows_ - columns_, n, k_, c + columns_ * ldc, ldc);
+  // C[m][n] = A[m][k] * B[n][k] for n <= kTile; C has room for at least kLanes rows.
+  void multiply(const T* b, int64_t n, float* c, int64_t ldc) const {
+    float tile[kTile * kLanes];
+    gemm_few_columns(b, k_, n, buffer_.get(), kLanes, k_, tile, kLanes);
+    transpose_rows([&](int64_t r) { return tile + r * kLanes; }, n, kLanes, c, ldc);
+    if (rows_ > kLanes) gemm_nt(a_ + kLanes * k_, k_, b, k_, rows_ - kLanes, n, k_, c + kLanes * ldc, ldc);
   }
 
  private:
   const T* a_ = nullptr;
-  int64_t rows_ = 0, columns_ = 0, k_ = 0, size_ = 0;
+  int64_t rows_ = 0, k_ = 0, size_ = 0;
   std::unique_ptr<uint32_t[]> buffer_;
 };
 

@@ -27,7 +27,7 @@ void reduce_products(const LmHeadUnmaskParams& p, PartSum* sums, Best* best, con
   parallel.items(parts, [&](ItemQueue& queue) {
     const int64_t all = least(kGroup, ceil_div(positions, kLanes) * kLanes), wide = least(kColumns, all);
     const auto tile = scratch<float>(kStepRows * wide), logits = scratch<float>(all * kLogitsRow);
-    const int64_t copied = width + 64 / sizeof(T);  // from row to row of a copy: no power of two either
+    const int64_t copied = width + 64 / sizeof(T);  // from row to row of a copy: other sets for rows of 4 KB
     const auto copy = scratch<T>(positions > kColumns ? kStepRows * copied : 0);
     for (int64_t part; queue.next(part);) {
       const int64_t first = part * kPart, ids = least(kPart, p.rules.vocab - first);

@@ -67,7 +67,7 @@ struct ForwardScratch {
 // Whether so many tokens of an expert are packed, rather than its weights or nothing.
 template <class T>
 inline bool few_tokens(int64_t rows) {
-  return kPackTokensFrom <= rows && rows < kPackRowsFrom<T>;
+  return kPackTokensFrom<T> <= rows && rows < kPackRowsFrom<T>;
 }
 
 // act[r] = silu(gate) * up of the sorted rows; keeps gate and up in pre_activation if it is wanted.
@@ -107,9 +107,8 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
         if (few_tokens<T>(rows)) {
-          const bool ahead = plain && i0 + n + kHalf <= end;
-          own.tokens.multiply(weights(i0, n, 0), n, gate, kHalf, ahead);
-          own.tokens.multiply(weights(p.width + i0, n, 0), n, up, kHalf, ahead);
+          own.tokens.multiply(weights(i0, n, 0), n, gate, kHalf);
+          own.tokens.multiply(weights(p.width + i0, n, 0), n, up, kHalf);
           activate(block.begin, rows, i0, n);
           continue;
         }
@@ -156,7 +155,7 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = least(kTile, columns - j);
       if (few_tokens<T>(rows)) {
-        own.tokens.multiply(weights(h0 + j, n), n, tile, kTile, plain && j + n + kTile <= columns);
+        own.tokens.multiply(weights(h0 + j, n), n, tile, kTile);
         place(block.begin, rows, j, n);
         continue;
       }

@@ -39,12 +39,20 @@ void check(int64_t m, int64_t n, int64_t k, bool by_k, bool accumulate, int64_t 
   gemm_packed(a.data(), lda, m, packed.data() + skip / kPackedDepth<T> * kPanel, n, k, c.data() + ldc, ldc, accumulate,
               packed_size<T>(kPanel, all),
               Ahead{reinterpret_cast<const char*>(a.data()), lda * int64_t(sizeof(T)), 64, accumulate ? m : 0, 1});
-  for (size_t i = 0; i < c.size(); ++i) {
-    if (c[i] == expected[i]) continue;
-    std::printf("failed: m %ld n %ld k %ld by_k %d accumulate %d skip %ld: at %zu expected %g, got %g\n", long(m), long(n), long(k), by_k,
-                accumulate, long(skip), i, double(expected[i]), double(c[i]));
-    std::exit(1);
-  }
+  const auto compare = [&](const char* what) {
+    for (size_t i = 0; i < c.size(); ++i) {
+      if (c[i] == expected[i]) continue;
+      std::printf("failed: %s m %ld n %ld k %ld by_k %d accumulate %d skip %ld: at %zu expected %g, got %g\n", what, long(m), long(n),
+                  long(k), by_k, accumulate, long(skip), i, double(expected[i]), double(c[i]));
+      std::exit(1);
+    }
+  };
+  compare("gemm_packed");
+  if (n % kLanes != 0 || accumulate || skip != 0) return;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) c[(i + 1) * ldc + j] = kNan;
+  gemm_few_columns(a.data(), lda, m, packed.data(), n, k, c.data() + ldc, ldc);
+  compare("gemm_few_columns");
 }
 
 template <class T>

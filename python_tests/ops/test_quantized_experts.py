@@ -97,7 +97,7 @@ def test_error_of_moe_mlp(backend, kind, bound):
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kinds", [("int8", "int8"), ("int4", "int4"), ("int8", "int4")])
-@pytest.mark.parametrize("tokens", [1, 9, 150])
+@pytest.mark.parametrize("tokens", [1, 9, 30, 150])
 def test_equals_the_dequantized_weights(backend, dtype, kinds, tokens):
     """Whatever the number of rows of an expert: dequantised values are rounded to the dtype of x and used as such weights."""
     x, routing, gate_up, down = problem(tokens, dtype=dtype)
