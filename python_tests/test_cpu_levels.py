@@ -54,9 +54,10 @@ def test_packed_products_are_exact(level, tmp_path):
     run_at(level, [sys.executable, "-c", PRINT_LEVEL])
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     assert compiler is not None, "the package is built with a C++ compiler"
-    source, program = ROOT / "python_tests" / "cpp" / "packed_gemm_test.cpp", tmp_path / "packed_gemm_test"
+    program = tmp_path / "packed_gemm_test"
+    sources = [str(ROOT / "python_tests" / "cpp" / "packed_gemm_test.cpp"), str(ROOT / "csrc" / "common" / "cpu_level.cpp")]
     flags = ["-std=c++20", "-Os", "-fno-math-errno", "-Wno-psabi", f"-DLLADA_CPU_LEVEL={level}", f"-DLLADA_CPU_LEVEL_{level}"]
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", str(program)], check=True)
     assert run_at(level, [str(program)]).strip() == "ok"
 
 

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/cpu_level.h"
+
 #include "common/packed_gemm.h"
 
 namespace llada::LLADA_CPU_LEVEL {
@@ -122,6 +124,7 @@ void check_tiles() {
 
 int main() {
   using namespace llada::LLADA_CPU_LEVEL;
+  if (!llada::cpu_supports(llada::CpuLevel::LLADA_CPU_LEVEL)) return std::puts("this machine has no such level"), 1;  // asks for tiles
 #if defined(LLADA_CPU_LEVEL_amx_emulated)
   check_tiles();
 #endif
