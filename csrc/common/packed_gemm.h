@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "common/simd.h"
+#include "common/ahead.h"
 #if defined(LLADA_MATRIX_TILES)
 #include "common/tile_gemm.h"
 #endif
@@ -69,6 +69,19 @@ inline void transpose(VecU (&rows)[kLanes]) {
   }
 }
 
+// to[c] = the pair of low[c] and high[c], for kPanel columns.
+inline void pair_rows(const bf16* low, const bf16* high, uint32_t* to) {
+  using Row = uint16_t __attribute__((vector_size(2 * kPanel)));
+  Row a, b, first, second;
+  for (int i = 0; i < kLanes; ++i) {
+    first[2 * i] = uint16_t(i), first[2 * i + 1] = uint16_t(kPanel + i);
+    second[2 * i] = uint16_t(kLanes + i), second[2 * i + 1] = uint16_t(kPanel + kLanes + i);
+  }
+  std::memcpy(&a, low, sizeof a), std::memcpy(&b, high, sizeof b);
+  first = __builtin_shuffle(a, b, first), second = __builtin_shuffle(a, b, second);
+  std::memcpy(to, &first, sizeof first), std::memcpy(to + kLanes, &second, sizeof second);
+}
+
 // B(k, n) = b[n * n_stride + k * k_stride]; fast where one of the strides is 1.
 template <class T>
 __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k) {
@@ -95,20 +108,16 @@ __attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stri
         for (int half = 0; half < kPanel; half += kLanes)
           half + kLanes <= columns ? half_panel(half, std::true_type()) : half_panel(half, std::false_type());
     } else if (columns == kPanel && n_stride == 1) {
-      for (; done < whole; ++done)
-        for (int half = 0; half < kPanel; half += kLanes) {
-          VecU v;
-          const T* row = b + j + half + done * kDepth * k_stride;
-          if constexpr (kDepth == 2) {
-            VecH low, high;
-            std::memcpy(&low, row, sizeof low);
-            std::memcpy(&high, row + k_stride, sizeof high);
-            v = __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
-          } else {
-            v = (VecU)load(row);
-          }
-          std::memcpy(packed + done * kPanel + half, &v, sizeof v);
+      for (; done < whole; ++done) {
+        const T* row = b + j + done * kDepth * k_stride;
+        uint32_t* to = packed + done * kPanel;
+        if constexpr (kDepth == 2) {
+          pair_rows(row, row + k_stride, to);
+        } else {
+          const Vec low = load(row), high = load(row + kLanes);
+          std::memcpy(to, &low, sizeof low), std::memcpy(to + kLanes, &high, sizeof high);
         }
+      }
     }
     for (int64_t i = done; i < depth; ++i) {
       for (int64_t c = 0; c < columns; ++c) packed[i * kPanel + c] = packed_element(b + (j + c) * n_stride, k_stride, i, k);
@@ -127,28 +136,6 @@ inline Vec multiply_add(Vec acc, const bf16* a, Vec b, std::integral_constant<in
   uint32_t pair;
   std::memcpy(&pair, a, 4);
   return multiply_add_pairs(acc, VecU{} + pair, (VecU)b);
-}
-
-// Steps of k that one cache line of a row of T holds.
-template <class T>
-constexpr int64_t kLineSteps = 64 / sizeof(T) / kPackedDepth<T>;
-
-// What is fetched from memory during a product (not on tiles): `rows` rows of `lines` cache lines each for every kLineSteps steps of k.
-struct Ahead {
-  const char* first = nullptr;
-  int64_t row = 0, step = 0;  // bytes from row to row and from one kLineSteps to the next
-  int64_t rows = 0, lines = 1;
-
-  Ahead part(int64_t i, int64_t parts) const {
-    const int64_t begin = rows * i / parts;
-    return {first + begin * row, row, step, rows * (i + 1) / parts - begin, lines};
-  }
-};
-
-// Rows of T in the order of k.
-template <class T>
-inline Ahead rows_ahead(const T* first, int64_t ld, int64_t rows) {
-  return {reinterpret_cast<const char*>(first), ld * int64_t(sizeof(T)), 64, rows, 1};
 }
 
 template <int M, class T>
@@ -208,7 +195,7 @@ template <class T>
 __attribute__((noinline)) void gemm_packed(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
                                            int64_t ldc, bool accumulate = false, int64_t panel = 0, const Ahead& ahead = {}) {
   if (panel == 0) panel = packed_size<T>(kPanel, k);
-  if constexpr (kOnTiles<T>) return gemm_tiles(a, lda, m, packed, n, k, c, ldc, accumulate, panel);
+  if constexpr (kOnTiles<T>) return gemm_tiles(a, lda, m, packed, n, k, c, ldc, accumulate, panel, ahead);
   const int64_t panels = (n + kPanel - 1) / kPanel;
   for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
     const float* b = reinterpret_cast<const float*>(packed);
@@ -257,11 +244,12 @@ inline void narrow_tile(const T* a, int64_t lda, int64_t k, const float* b, floa
   for (int m = 0; m < M; ++m) store(c + m * ldc, acc[m][0] + acc[m][1]);
 }
 
-// gemm_packed for few columns, n of them, a multiple of kLanes; B is packed for this k. `ahead` counts where there are whole panels: the
-// half one fetches the next rows of A.
+// gemm_packed for few columns, n of them, a multiple of kLanes; B is packed for this k. Without tiles `ahead` counts where there are whole
+// panels: the half one fetches the next rows of A.
 template <class T>
 __attribute__((noinline)) void gemm_few_columns(const T* a, int64_t lda, int64_t m, const uint32_t* packed, int64_t n, int64_t k, float* c,
                                                 int64_t ldc, const Ahead& ahead = {}) {
+  if constexpr (kOnTiles<T>) return gemm_packed(a, lda, m, packed, n, k, c, ldc, false, 0, ahead);
   const int64_t wide = n / kPanel * kPanel;
   if (wide > 0) gemm_packed(a, lda, m, packed, wide, k, c, ldc, false, 0, ahead);
   if (wide == n) return;

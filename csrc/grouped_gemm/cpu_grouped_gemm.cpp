@@ -10,39 +10,48 @@
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
-// out[r][n] = sum_k a[r][k] * B_e(k, n) for the rows of every group, B_e(k, n) = b[e * stride + n * n_stride + k * k_stride].
 template <class T>
-void multiply_groups(const void* a, const void* b, const int32_t* offsets, int64_t groups, int64_t n, int64_t k, int64_t n_stride,
-                     int64_t k_stride, void* out, const Parallel& parallel) {
-  const std::vector<RowBlock> blocks = row_blocks(offsets, groups, kBlockRows);
-  in_parts(blocks, n, kTile, parallel, [&](auto&& each) {
+void forward(const GroupedGemmParams& p, const Parallel& parallel) {
+  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
+  in_parts(row_blocks(p.offsets, p.groups, kBlockRows), p.n, kTile, parallel, [&](auto&& each) {
     float tile[kStepRows * kTile];
-    RightOperand<T> operand;
+    Tokens<T> tokens;
+    Weights<T> weights;
     each([&](const RowBlock& block, int64_t begin, int64_t end) {
+      const int64_t rows = block.end - block.begin;
+      tokens.set(a + block.begin * p.k, p.k, rows, p.k);
       for (int64_t n0 = begin; n0 < end; n0 += kTile) {
         const int64_t columns = least(kTile, end - n0);
-        const T* weight = static_cast<const T*>(b) + block.expert * n * k + n0 * n_stride;
-        operand.set(weight, n_stride, k_stride, columns, k, block.end - block.begin);
-        for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-          const int64_t m = least(kStepRows, block.end - r);
-          const bool ahead = r == block.begin && n0 + columns + kTile <= end;
-          operand.multiply(static_cast<const T*>(a) + r * k, k, m, tile, kTile, false, ahead);
-          store_tile(tile, kTile, m, columns, static_cast<T*>(out) + r * n + n0, n);
+        weights.set(b + (block.expert * p.n + n0) * p.k, p.k, columns, tokens);
+        for (int64_t r = 0; r < rows; r += kStepRows) {
+          const int64_t m = least(kStepRows, rows - r);
+          weights.multiply(tokens, r, m, tile, kTile, n0 + columns + kTile <= end);
+          store_tile(tile, kTile, m, columns, static_cast<T*>(p.out) + (block.begin + r) * p.n + n0, p.n);
         }
       }
     });
   });
 }
 
+// grad_a[r] = grad[r] @ b[e]
 template <class T>
-void forward(const GroupedGemmParams& p, const Parallel& parallel) {
-  multiply_groups<T>(p.a, p.b, p.offsets, p.groups, p.n, p.k, p.k, 1, p.out, parallel);
+void rows_gradient(const GroupedGemmBackwardParams& p, const Parallel& parallel) {
+  const T *grad = static_cast<const T*>(p.grad), *b = static_cast<const T*>(p.b);
+  in_parts(row_blocks(p.offsets, p.groups, kBlockRows), p.k, kTile, parallel, [&](auto&& each) {
+    ColumnProduct<T> product;
+    each([&](const RowBlock& block, int64_t begin, int64_t end) {
+      product.multiply(grad + block.begin * p.n, p.n, block.end - block.begin, b + block.expert * p.n * p.k + begin, p.k, end - begin, p.n,
+                       [&](int64_t r, int64_t m, int64_t j, int64_t n, const float* c, int64_t ldc) {
+                         store_tile(c, ldc, m, n, static_cast<T*>(p.grad_a) + (block.begin + r) * p.k + begin + j, p.k);
+                       });
+    });
+  });
 }
 
 template <class T>
 void backward(const GroupedGemmBackwardParams& p, const Parallel& parallel) {
   const T *grad = static_cast<const T*>(p.grad), *a = static_cast<const T*>(p.a);
-  if (p.grad_a != nullptr) multiply_groups<T>(grad, p.b, p.offsets, p.groups, p.k, p.n, 1, p.k, p.grad_a, parallel);
+  if (p.grad_a != nullptr) rows_gradient<T>(p, parallel);
   if (p.grad_b != nullptr)
     weight_gradient(
         p.offsets, p.groups, p.n, p.k, static_cast<T*>(p.grad_b), parallel, [&](int64_t r) { return grad + r * p.n; },

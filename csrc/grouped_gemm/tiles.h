@@ -15,25 +15,28 @@ namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
 #if defined(LLADA_MATRIX_TILES)
-constexpr int64_t kStepRows = 64;  // rows multiplied while they are in a near cache; a multiple of the kernels' rows
+constexpr int64_t kStepRows = 64;    // rows multiplied while they are in a near cache; a multiple of the kernels' rows
+constexpr int64_t kBlockRows = 128;  // rows of one work item, at most; a multiple of kStepRows
 #else
 constexpr int64_t kStepRows = 48;
+constexpr int64_t kBlockRows = 384;
 #endif
-constexpr int64_t kBlockRows = 384;  // rows of one work item, at most; a multiple of kStepRows
-constexpr int64_t kTile = 64;        // columns of one work item
+constexpr int64_t kTile = 64;  // columns of one work item
 
-// Rows from which something is packed (measured): with fewer, rows of B are used as dot products, or columns with strides. On tiles the
-// tokens are packed, not the weights, and the dot products of processors with tiles are slow: 100 GFLOP/s a core where 14 GB/s come from
-// memory, so from about 5 rows on they and not memory would set the pace.
+// Rows from which weights are packed, columns from which they are (measured): with fewer, rows of B are used as dot products, or columns
+// with strides. On tiles weights in the order of k are never packed: they are the left operand.
 template <class T>
-constexpr int64_t kPackRowsFrom = kOnTiles<T>    ? 5
+constexpr int64_t kPackRowsFrom = kOnTiles<T>    ? std::numeric_limits<int64_t>::max()
                                   : kLanes == 16 ? 24
                                                  : 10;
 constexpr int64_t kPackColumnsFrom = 8;
 // From so many rows of A on, and below kPackRowsFrom, A is packed instead, where that was measured: at avx512_bf16, 512 tokens of the mini
-// model, 16 an expert, took 60 instead of 72 ms in bf16.
+// model, 16 an expert, took 60 instead of 72 ms in bf16. Dot products of processors with tiles are slow: 70 GFLOP/s a core where 10 GB/s
+// come from memory, so from about 5 rows on they and not memory would set the pace.
 template <class T>
-constexpr int64_t kPackTokensFrom = kLanes == 16 && !kOnTiles<T> && (kPackedDepth<T> == 2 || sizeof(T) == 4) ? 9 : kPackRowsFrom<T>;
+constexpr int64_t kPackTokensFrom = kOnTiles<T>                                                ? 5
+                                    : kLanes == 16 && (kPackedDepth<T> == 2 || sizeof(T) == 4) ? 9
+                                                                                               : kPackRowsFrom<T>;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -44,6 +47,21 @@ inline auto scratch(int64_t n) {
   advise_huge_pages(memory.get(), size_t(n) * sizeof(T));
   return memory;
 }
+
+// Memory that grows and is used again.
+template <class T>
+class Buffer {
+ public:
+  T* reserve(int64_t n) {
+    if (n > size_) memory_ = scratch<T>(size_ = n);
+    return memory_.get();
+  }
+  T* get() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t size_ = 0;
+};
 
 // Into how many parts the tiles of each of `blocks` blocks are cut: one if that gives every thread enough items to choose from. An item
 // reads its rows once for all its tiles, and long stretches of weights.
@@ -121,6 +139,12 @@ __attribute__((noinline)) void gemm_stream(const T* a, int64_t lda, int64_t m, c
 
 inline VecU load_wide(const float* p) { return (VecU)load(p); }
 inline VecU load_wide(const bf16* p) { return (VecU)load(p); }
+inline VecU load_wide(const uint32_t* p) {
+  VecU v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store_narrow(uint32_t* p, VecU v) { std::memcpy(p, &v, sizeof v); }
 inline void store_narrow(float* p, VecU v) { store(p, (Vec)v); }
 inline void store_narrow(bf16* p, VecU v) {
   const VecH h = __builtin_convertvector(v >> 16, VecH);
@@ -146,88 +170,142 @@ inline void transpose_rows(Row&& row, int64_t rows, int64_t columns, T* out, int
     }
 }
 
-// B(k, n) = b[n * n_stride + k * k_stride] as right operand of products with `rows` rows: packed once if there are enough of them. On
-// tiles, rows of B that lie in the order of k are the left operand of fewer rows than they are, which are packed instead; B must outlive
-// the products then.
+// Rows of tokens that are multiplied with rows of weights, A * B^T, both in the order of k: few are used as they lie, more (from
+// kPackTokensFrom) are packed as the right operand of products with weights as they lie, and still more (from kPackRowsFrom) multiply
+// packed weights. What is set must outlive the products.
 template <class T>
-class RightOperand {
+class Tokens {
  public:
-  void set(const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, int64_t rows) {
-    b_ = b, n_stride_ = n_stride, k_stride_ = k_stride, n_ = n, k_ = k;
-    packed_ = rows >= (k_stride == 1 ? kPackRowsFrom<T> : kPackColumnsFrom);
-    swapped_ = kOnTiles<T> && packed_ && k_stride == 1 && rows < n;
-    if (!packed_) return;
-    if (const int64_t size = packed_size<T>(swapped_ ? kPanel : n, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
-    if (!swapped_) pack(buffer_.get(), b, n_stride, k_stride, n, k);
+  void set(const T* a, int64_t lda, int64_t rows, int64_t k) {
+    a_ = a, lda_ = lda, rows_ = rows, k_ = k;
+    if (packed()) pack(buffer_.reserve(packed_size<T>(packed_rows(), k)), a, lda, 1, packed_rows(), k);
   }
-  // C[m][n] = or += A[m][k] * B, A row-major. ahead: the operand that lies n columns further on is wanted next.
-  void multiply(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate = false, bool ahead = false) const {
-    if (swapped_)
-      multiply_swapped(a, lda, m, c, ldc, accumulate);
-    else if (packed_)
-      gemm_packed(a, lda, m, buffer_.get(), n_, k_, c, ldc, accumulate, 0, ahead ? next() : Ahead{});
-    else if (k_stride_ == 1)
-      gemm_nt(a, lda, b_, n_stride_, m, n_, k_, c, ldc, accumulate);
-    else
-      gemm_nn(a, lda, 1, b_, k_stride_, m, n_, k_, c, ldc, accumulate);
+  bool multiply_packed_weights() const { return rows_ >= kPackRowsFrom<T>; }
+  bool packed() const { return !multiply_packed_weights() && rows_ >= kPackTokensFrom<T>; }
+  // Without tiles more than one vector of tokens is a product of the first and dot products.
+  int64_t packed_rows() const { return kOnTiles<T> ? rows_ : least(rows_, kLanes); }
+  static constexpr int64_t kPackedStep = kOnTiles<T> ? kStepRows : kLanes;
+
+  const T* row(int64_t r) const { return a_ + r * lda_; }
+  const uint32_t* packed(int64_t r) const { return buffer_.get() + packed_size<T>(r, k_); }
+  int64_t lda() const { return lda_; }
+  int64_t rows() const { return rows_; }
+  int64_t k() const { return k_; }
+
+ private:
+  const T* a_ = nullptr;
+  int64_t lda_ = 0, rows_ = 0, k_ = 0;
+  Buffer<uint32_t> buffer_;
+};
+
+template <class T>
+class Weights {
+ public:
+  void set(const T* b, int64_t ldb, int64_t n, const Tokens<T>& tokens) {
+    b_ = b, ldb_ = ldb, n_ = n;
+    if (tokens.multiply_packed_weights()) pack(buffer_.reserve(packed_size<T>(n, tokens.k())), b, ldb, 1, n, tokens.k());
+  }
+  // C[m][n] for m tokens from `first`, a multiple of kStepRows, on; C has room for a multiple of kLanes rows. ahead: the n weights after
+  // these are wanted next. Their memory is read meanwhile: packing took 20 % of the time of 64 rows an expert, most of it waiting; now 13
+  // %.
+  void multiply(const Tokens<T>& tokens, int64_t first, int64_t m, float* c, int64_t ldc, bool ahead = false) const {
+    const int64_t k = tokens.k();
+    Ahead next = ahead ? rows_ahead(b_ + n_ * ldb_, ldb_, n_) : Ahead{};
+    if (tokens.multiply_packed_weights()) {
+      if (first > 0) next.rows = 0;
+      return gemm_packed(tokens.row(first), tokens.lda(), m, buffer_.get(), n_, k, c, ldc, false, 0, next);
+    }
+    if (!tokens.packed()) return gemm_nt(tokens.row(first), tokens.lda(), b_, ldb_, m, n_, k, c, ldc);
+    const int64_t packed = least(m, tokens.packed_rows() - first), columns = ceil_div(packed, kLanes) * kLanes;
+    next = next.part(first / kStepRows, ceil_div(tokens.rows(), kStepRows));
+    float tile[kTile * Tokens<T>::kPackedStep];
+    for (int64_t j = 0; j < n_; j += kTile) {
+      const int64_t n = least(kTile, n_ - j);
+      gemm_few_columns(b_ + j * ldb_, ldb_, n, tokens.packed(first), columns, k, tile, columns, next.part(j / kTile, ceil_div(n_, kTile)));
+      transpose_rows([&](int64_t r) { return tile + r * columns; }, n, columns, c + j, ldc);
+    }
+    if (packed < m) gemm_nt(tokens.row(first + packed), tokens.lda(), b_, ldb_, m - packed, n_, k, c + packed * ldc, ldc);
   }
 
  private:
-  // Its memory is read while this one is multiplied. Packing took 20 % of the time of 64 rows an expert, most of it waiting; now 13 %.
-  Ahead next() const {
-    const T* first = b_ + n_ * n_stride_;
-    if (k_stride_ == 1) return rows_ahead(first, n_stride_, n_);
-    constexpr int64_t size = sizeof(T), depth = 64 / size;  // elements of k in a cache line
-    return {reinterpret_cast<const char*>(first), k_stride_ * size, depth * k_stride_ * size, depth, ceil_div(n_ * size, 64)};
+  const T* b_ = nullptr;
+  int64_t ldb_ = 0, n_ = 0;
+  Buffer<uint32_t> buffer_;
+};
+
+// Columns [n] of rows of T, `depth` of which follow each other.
+template <class T>
+inline Ahead columns_ahead(const T* first, int64_t ld, int64_t n) {
+  constexpr int64_t size = sizeof(T), depth = 64 / size;  // elements of k in a cache line
+  return {reinterpret_cast<const char*>(first), ld * size, depth * ld * size, depth, ceil_div(n * size, 64)};
+}
+
+// B(k, n) = b[k * ldb + n] as right operand of products with `rows` rows: packed once if there are enough of them.
+template <class T>
+class RightOperand {
+ public:
+  void set(const T* b, int64_t ldb, int64_t n, int64_t k, int64_t rows) {
+    b_ = b, ldb_ = ldb, n_ = n, k_ = k;
+    packed_ = rows >= kPackColumnsFrom;
+    if (packed_) pack(buffer_.reserve(packed_size<T>(n, k)), b, 1, ldb, n, k);
   }
-  void multiply_swapped(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate) const {
-    float columns[kPanel * kPanel];  // of C: one for each of up to kPanel rows of B
-    for (int64_t i = 0; i < m; i += kPanel) {
-      const int64_t rows = least(kPanel, m - i);
-      pack(buffer_.get(), a + i * lda, lda, 1, rows, k_);
-      for (int64_t j = 0; j < n_; j += kPanel) {
-        const int64_t count = least(kPanel, n_ - j);
-        gemm_packed(b_ + j * n_stride_, n_stride_, count, buffer_.get(), rows, k_, columns, kPanel);
-        float* to = c + i * ldc + j;
-        if (!accumulate) {
-          transpose_rows([&](int64_t r) { return columns + r * kPanel; }, count, rows, to, ldc);
-          continue;
+  // C[m][n] = or += A[m][k] * B, A row-major.
+  void multiply(const T* a, int64_t lda, int64_t m, float* c, int64_t ldc, bool accumulate = false, const Ahead& ahead = {}) const {
+    if (packed_)
+      gemm_packed(a, lda, m, buffer_.get(), n_, k_, c, ldc, accumulate, 0, ahead);
+    else
+      gemm_nn(a, lda, 1, b_, ldb_, m, n_, k_, c, ldc, accumulate);
+  }
+
+ private:
+  const T* b_ = nullptr;
+  int64_t ldb_ = 0, n_ = 0, k_ = 0;
+  bool packed_ = false;
+  Buffer<uint32_t> buffer_;
+};
+
+// How much of B is packed at once. On tiles long stretches of rows: strips of 128 bytes came with half of the bandwidth (5 of 10 GB/s), and
+// tiles are loaded slowly meanwhile. The sums wait in a cache for the next rows.
+template <class T>
+constexpr int64_t kStripColumns = kOnTiles<T> ? 512 : kTile;
+template <class T>
+constexpr int64_t kStripDepth = kOnTiles<T> ? 256 : std::numeric_limits<int64_t>::max();
+
+// C[rows][columns] = A[rows][k] * B(k, n) = b[k * ldb + n] for up to kBlockRows rows, in parts: done(row, rows, column, columns, part of C,
+// its leading dimension).
+template <class T>
+class ColumnProduct {
+ public:
+  template <class Done>
+  void multiply(const T* a, int64_t lda, int64_t rows, const T* b, int64_t ldb, int64_t columns, int64_t k, Done&& done) {
+    constexpr int64_t ld = kStripColumns<T>;
+    const bool whole = k <= kStripDepth<T>;
+    sums_.reserve((whole ? kStepRows : kBlockRows) * ld);
+    for (int64_t j = 0; j < columns; j += ld) {
+      const int64_t n = least(ld, columns - j);
+      for (int64_t k0 = 0, depth; k0 < k; k0 += depth) {
+        depth = least(kStripDepth<T>, k - k0);
+        operand_.set(b + k0 * ldb + j, ldb, n, depth, rows);
+        Ahead ahead;  // the rows of B below, or its next columns
+        if (k0 + depth < k)
+          ahead = columns_ahead(b + (k0 + depth) * ldb + j, ldb, n);
+        else if (j + n < columns)
+          ahead = columns_ahead(b + j + n, ldb, least(ld, columns - j - n));
+        for (int64_t r = 0; r < rows; r += kStepRows) {
+          const int64_t m = least(kStepRows, rows - r);
+          float* c = sums_.get() + (whole ? 0 : r * ld);
+          operand_.multiply(a + r * lda + k0, lda, m, c, ld, k0 > 0,
+                            kOnTiles<T> ? ahead.part(r / kStepRows, ceil_div(rows, kStepRows)) : ahead);
+          if (!kOnTiles<T>) ahead.rows = 0;  // all of it has been fetched
+          if (k0 + depth == k) done(r, m, j, n, c, ld);
         }
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t l = 0; l < count; ++l) to[r * ldc + l] += columns[l * kPanel + r];
       }
     }
   }
 
-  const T* b_ = nullptr;
-  int64_t n_stride_ = 0, k_stride_ = 0, n_ = 0, k_ = 0, size_ = 0;
-  bool packed_ = false, swapped_ = false;
-  std::unique_ptr<uint32_t[]> buffer_;
-};
-
-// Rows of A, at least kPackTokensFrom and fewer than kPackRowsFrom: the first kLanes packed as the right operand of products with rows of B
-// as they lie, further ones in dot products.
-template <class T>
-class PackedTokens {
- public:
-  // A must outlive the products.
-  void set(const T* a, int64_t rows, int64_t k) {
-    a_ = a, k_ = k, rows_ = rows;
-    if (const int64_t size = packed_size<T>(kLanes, k); size > size_) buffer_ = scratch<uint32_t>(size_ = size);
-    pack(buffer_.get(), a, k, 1, least(rows, kLanes), k);
-  }
-  // C[m][n] = A[m][k] * B[n][k] for n <= kTile; C has room for at least kLanes rows.
-  void multiply(const T* b, int64_t n, float* c, int64_t ldc) const {
-    float tile[kTile * kLanes];
-    gemm_few_columns(b, k_, n, buffer_.get(), kLanes, k_, tile, kLanes);
-    transpose_rows([&](int64_t r) { return tile + r * kLanes; }, n, kLanes, c, ldc);
-    if (rows_ > kLanes) gemm_nt(a_ + kLanes * k_, k_, b, k_, rows_ - kLanes, n, k_, c + kLanes * ldc, ldc);
-  }
-
  private:
-  const T* a_ = nullptr;
-  int64_t rows_ = 0, k_ = 0, size_ = 0;
-  std::unique_ptr<uint32_t[]> buffer_;
+  RightOperand<T> operand_;
+  Buffer<float> sums_;
 };
 
 // rows x columns floats to T.

@@ -115,16 +115,18 @@ void forward(const LmLossParams& p, const Parallel& parallel) {
   std::vector<float> picked(size_t(p.kept), 0.f);
   parallel.items(splits * groups, [&](ItemQueue& queue) {
     const auto tile = scratch<float>(kStepRows * columns);
-    RightOperand<T> weights;
+    Tokens<T> tokens;
+    Weights<T> weights;
     for (int64_t item; queue.next(item);) {
       const int64_t split = item / groups, begin = item % groups * kItemTokens, end = least(p.kept, begin + kItemTokens);
       const int64_t last = least(p.vocab, (split + 1) * kSplit);
+      tokens.set(hidden.rows + begin * p.width, p.width, end - begin, p.width);
       for (int64_t v = split * kSplit; v < last; v += columns) {
         const int64_t n = least(columns, last - v);
-        weights.set(lm_head + v * p.width, p.width, 1, n, p.width, end - begin);
+        weights.set(lm_head + v * p.width, p.width, n, tokens);
         for (int64_t t = begin; t < end; t += kStepRows) {
           const int64_t m = least(kStepRows, end - t);
-          weights.multiply(hidden.rows + t * p.width, p.width, m, tile.get(), columns, false, t == begin && v + n + columns <= last);
+          weights.multiply(tokens, t - begin, m, tile.get(), columns, v + n + columns <= last);
           for (int64_t i = 0; i < m; ++i) {
             const float* z = tile.get() + i * columns;
             add_row<kTempered>(partials[size_t(split * p.kept + t + i)], z, n, v, inverse_temperature);
@@ -189,14 +191,16 @@ void chunk_gradients(const LmLossBackwardParams& p, const T* hidden, int64_t v0,
   const float inverse_temperature = 1.f / p.temperature;
   parallel.items(across * ceil_div(p.kept, kItemTokens), [&](ItemQueue& queue) {
     const auto tile = scratch<float>(kStepRows * columns);
-    RightOperand<T> weights;
+    Tokens<T> tokens;
+    Weights<T> weights;
     for (int64_t item; queue.next(item);) {
       const int64_t c = item % across * columns, n = least(columns, ids - c);
       const int64_t begin = item / across * kItemTokens, end = least(p.kept, begin + kItemTokens);
-      weights.set(lm_head + c * p.width, p.width, 1, n, p.width, end - begin);
+      tokens.set(hidden + begin * p.width, p.width, end - begin, p.width);
+      weights.set(lm_head + c * p.width, p.width, n, tokens);
       for (int64_t t = begin; t < end; t += kStepRows) {
         const int64_t m = least(kStepRows, end - t);
-        weights.multiply(hidden + t * p.width, p.width, m, tile.get(), columns);
+        weights.multiply(tokens, t - begin, m, tile.get(), columns);
         for (int64_t i = 0; i < m; ++i) {
           float* z = tile.get() + i * columns;
           const int64_t token = p.index[t + i], target = p.targets[token] - v0 - c;
@@ -234,7 +238,7 @@ void backward(const LmLossBackwardParams& p, const Parallel& parallel) {
         if (item < tiles_hidden) {
           const int64_t column = item * kTile;
           for (int64_t c = 0; c < ids; c += kDepth) {
-            operand.set(lm_head + (v0 + c) * width + column, 1, width, least(kTile, width - column), least(kDepth, ids - c), kept);
+            operand.set(lm_head + (v0 + c) * width + column, width, least(kTile, width - column), least(kDepth, ids - c), kept);
             operand.multiply(gradients.as_is.get() + c, ids, kept, grad_rows.data() + column, width, true);
           }
           continue;
@@ -242,7 +246,7 @@ void backward(const LmLossBackwardParams& p, const Parallel& parallel) {
         const int64_t column = (item - tiles_hidden) * kTile, n = least(kTile, width - column);
         if (kept == 0) std::fill(sums.get(), sums.get() + ids * kTile, 0.f);
         for (int64_t t = 0; t < kept; t += kDepth) {
-          operand.set(hidden.rows + t * width + column, 1, width, n, least(kDepth, kept - t), ids);
+          operand.set(hidden.rows + t * width + column, width, n, least(kDepth, kept - t), ids);
           operand.multiply(gradients.transposed.get() + t, kept, ids, sums.get(), kTile, t > 0);
         }
         store_tile(sums.get(), kTile, ids, n, static_cast<T*>(p.grad_lm_head) + v0 * width + column, width);

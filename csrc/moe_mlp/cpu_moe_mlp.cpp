@@ -12,12 +12,12 @@
 namespace llada::LLADA_CPU_LEVEL {
 namespace {
 
-// Experts' outputs wait in slot order for their sum over k. A panel of columns at a time keeps that buffer small.
-constexpr int64_t kPanelElements = int64_t(16) << 20;
+// Experts' outputs wait in slot order for their sum over k. Panels of columns, alike in size, keep that buffer small.
+constexpr int64_t kPanelElements = int64_t(32) << 20;
 
 inline int64_t panel_columns(int64_t slots, int64_t hidden) {
-  const int64_t columns = kPanelElements / (slots + 1) / kTile * kTile;
-  return least(hidden, columns < kTile ? kTile : columns);
+  const int64_t panels = ceil_div(hidden, kPanelElements / (slots + 1) + 1);
+  return ceil_div(ceil_div(hidden, panels), kTile) * kTile;
 }
 
 // For every part of every block product(block, first column, columns, worker's scratch, where in the panel, its leading dimension), then
@@ -49,39 +49,32 @@ inline int64_t token_of(const Params& p, int64_t r) {
 
 // Copies the tokens' rows of x [tokens, hidden] that the sorted rows r .. r + m - 1 stand for.
 template <class T, class Params>
-inline void gather(const Params& p, const T* x, int64_t r, int64_t m, T* rows) {
-  for (int64_t i = 0; i < m; ++i) std::memcpy(rows + i * p.hidden, x + token_of(p, r + i) * p.hidden, size_t(p.hidden) * sizeof(T));
+inline void gather(const Params& p, const T* x, int64_t r, int64_t m, T* rows, int64_t ld) {
+  for (int64_t i = 0; i < m; ++i) std::memcpy(rows + i * ld, x + token_of(p, r + i) * p.hidden, size_t(p.hidden) * sizeof(T));
 }
 
-// What a worker of a forward product needs: packed weights, and dequantised ones if they are quantised.
+// What a worker of a forward product needs: operands, and dequantised weights if they are quantised.
 template <class T>
 struct ForwardScratch {
-  RightOperand<T> first, second;
-  PackedTokens<T> tokens;
+  Tokens<T> tokens;
+  Weights<T> first, second;
   std::unique_ptr<T[]> weights;
 
   ForwardScratch(const ExpertWeights& w, int64_t k, int64_t columns)
       : weights(scratch<T>(w.kind == ExpertWeights::Kind::plain ? 0 : columns * k)) {}
 };
 
-// Whether so many tokens of an expert are packed, rather than its weights or nothing.
-template <class T>
-inline bool few_tokens(int64_t rows) {
-  return kPackTokensFrom<T> <= rows && rows < kPackRowsFrom<T>;
-}
-
 // act[r] = silu(gate) * up of the sorted rows; keeps gate and up in pre_activation if it is wanted.
 template <class T>
 void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act, const Parallel& parallel) {
   T* kept = static_cast<T*>(p.pre_activation);
-  constexpr int64_t kHalf = kTile / 2;                  // features at a time: as many gate and up rows
-  constexpr int64_t kBeside = kOnTiles<T> ? kHalf : 0;  // both are used as they lie there; else the first is packed by then
+  constexpr int64_t kHalf = kTile / 2;  // features at a time: as many gate and up rows
   const int64_t k = p.hidden;
   const bool plain = p.w_gate_up.kind == ExpertWeights::Kind::plain;
   in_parts(blocks, p.width, kHalf, parallel, [&](auto&& each) {
     float gate[kStepRows * kHalf], up[kStepRows * kHalf];
     const auto gathered = scratch<T>(least(kBlockRows, p.tokens * p.top_k) * k);
-    ForwardScratch<T> own(p.w_gate_up, k, kHalf + kBeside);
+    ForwardScratch<T> own(p.w_gate_up, k, 2 * kHalf);
     each([&](const RowBlock& block, int64_t begin, int64_t end) {
       const auto weights = [&](int64_t row, int64_t n, int64_t beside) {
         return expert_rows(p.w_gate_up, block.expert, 2 * p.width, k, row, n, own.weights.get() + beside * k);
@@ -102,17 +95,11 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
           });
         }
       };
-      gather(p, static_cast<const T*>(p.x), block.begin, rows, gathered.get());
-      if (few_tokens<T>(rows)) own.tokens.set(gathered.get(), rows, k);
+      gather(p, static_cast<const T*>(p.x), block.begin, rows, gathered.get(), k);
+      own.tokens.set(gathered.get(), k, rows, k);
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
-        if (few_tokens<T>(rows)) {
-          own.tokens.multiply(weights(i0, n, 0), n, gate, kHalf);
-          own.tokens.multiply(weights(p.width + i0, n, 0), n, up, kHalf);
-          activate(block.begin, rows, i0, n);
-          continue;
-        }
-        if (rows < kPackRowsFrom<T>) {
+        if (rows < kPackTokensFrom<T>) {
           for (int64_t j = 0; j < n; j += kDotColumns) {  // two streams of weights, each in the order of memory
             const int64_t c = least(kDotColumns, n - j);
             multiply_few(i0 + j, c, gate + j);
@@ -121,13 +108,14 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
           activate(block.begin, rows, i0, n);
           continue;
         }
-        own.first.set(weights(i0, n, 0), k, 1, n, k, rows);
-        own.second.set(weights(p.width + i0, n, kBeside), k, 1, n, k, rows);
+        own.first.set(weights(i0, n, 0), k, n, own.tokens);
+        // The first is packed by now, or both are used as they lie there.
+        own.second.set(weights(p.width + i0, n, own.tokens.packed() ? kHalf : 0), k, n, own.tokens);
+        const bool ahead = plain && i0 + n + kHalf <= end;
         for (int64_t r = 0; r < rows; r += kStepRows) {
           const int64_t m = least(kStepRows, rows - r);
-          const bool ahead = plain && r == 0 && i0 + n + kHalf <= end;
-          own.first.multiply(gathered.get() + r * k, k, m, gate, kHalf, false, ahead);
-          own.second.multiply(gathered.get() + r * k, k, m, up, kHalf, false, ahead);
+          own.first.multiply(own.tokens, r, m, gate, kHalf, ahead);
+          own.second.multiply(own.tokens, r, m, up, kHalf, ahead);
           activate(block.begin + r, m, i0, n);
         }
       }
@@ -151,24 +139,19 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
     const auto place = [&](int64_t r, int64_t m, int64_t j, int64_t n) {
       for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
     };
-    if (few_tokens<T>(rows)) own.tokens.set(act.get() + block.begin * k, rows, k);
+    own.tokens.set(act.get() + block.begin * k, k, rows, k);
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = least(kTile, columns - j);
-      if (few_tokens<T>(rows)) {
-        own.tokens.multiply(weights(h0 + j, n), n, tile, kTile);
-        place(block.begin, rows, j, n);
-        continue;
-      }
-      if (rows < kPackRowsFrom<T>) {
+      if (rows < kPackTokensFrom<T>) {
         gemm_few(p.w_down, block.expert, p.hidden, k, h0 + j, n, act.get() + block.begin * k, rows, tile, kTile, own.weights.get());
         place(block.begin, rows, j, n);
         continue;
       }
-      own.first.set(weights(h0 + j, n), k, 1, n, k, rows);
-      for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-        const int64_t m = least(kStepRows, block.end - r);
-        own.first.multiply(act.get() + r * k, k, m, tile, kTile, false, plain && r == block.begin && j + n + kTile <= columns);
-        place(r, m, j, n);
+      own.first.set(weights(h0 + j, n), k, n, own.tokens);
+      for (int64_t r = 0; r < rows; r += kStepRows) {
+        const int64_t m = least(kStepRows, rows - r);
+        own.first.multiply(own.tokens, r, m, tile, kTile, plain && j + n + kTile <= columns);
+        place(block.begin + r, m, j, n);
       }
     }
   };
@@ -188,42 +171,38 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
 // With d = grad_out @ w_down of a row: grad_weight = d . act, grad_act = weight * d, and from it the gradients of gate and up.
 // weighted_act = weight * act is what grad_w_down needs.
 template <class T>
-void activation_gradients(const MoeMlpBackwardParams& p, const std::vector<RowBlock>& blocks, T* grad_gate_up, T* weighted_act,
-                          const Parallel& parallel) {
+void activation_gradients(const MoeMlpBackwardParams& p, const std::vector<RowBlock>& blocks, T* grad_gate_up, int64_t ld_grad,
+                          T* weighted_act, const Parallel& parallel) {
   const T* kept = static_cast<const T*>(p.pre_activation);
   const int64_t tiles = ceil_div(p.width, kTile), slots = p.tokens * p.top_k;
   const auto dots = scratch<float>(tiles * slots);  // d . act of each tile's features
   in_parts(blocks, p.width, kTile, parallel, [&](auto&& each) {
-    float tile[kStepRows * kTile];
-    const auto rows = scratch<T>(least(kBlockRows, slots) * p.hidden);
-    RightOperand<T> operand;
+    const int64_t ld = p.hidden + 64 / int64_t(sizeof(T));
+    const auto rows = scratch<T>(least(kBlockRows, slots) * ld);
+    ColumnProduct<T> product;
     each([&](const RowBlock& block, int64_t begin, int64_t end) {
-      gather(p, static_cast<const T*>(p.grad_out), block.begin, block.end - block.begin, rows.get());
-      for (int64_t i0 = begin; i0 < end; i0 += kTile) {
-        const int64_t n = least(kTile, end - i0);
-        const T* weight = static_cast<const T*>(p.w_down) + block.expert * p.hidden * p.width + i0;
-        operand.set(weight, 1, p.width, n, p.hidden, block.end - block.begin);
-        for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-          const int64_t m = least(kStepRows, block.end - r);
-          const bool ahead = r == block.begin && i0 + n + kTile <= end;
-          operand.multiply(rows.get() + (r - block.begin) * p.hidden, p.hidden, m, tile, kTile, false, ahead);
-          for (int64_t i = 0; i < m; ++i) {
-            const int64_t slot = p.permutation[r + i], at = (r + i) * 2 * p.width + i0;
-            const float routing_weight = p.weights[slot];
-            Vec dot{};
-            for_features(n, [&](int64_t j, int64_t count) {
-              const Vec g = load_n(kept + at + j, count), u = load_n(kept + at + p.width + j, count);
-              const Vec act = round_to<T>(swiglu_forward<T>(g, u)), grad = load_n(tile + i * kTile + j, count);
-              dot += act * grad;
-              store_n(weighted_act + (r + i) * p.width + i0 + j, act * routing_weight, count);
-              const SwigluGradients out = swiglu_gradients(grad * routing_weight, g, u);
-              store_n(grad_gate_up + at + j, out.gate, count);
-              store_n(grad_gate_up + at + p.width + j, out.up, count);
-            });
-            dots[size_t(i0 / kTile * slots + slot)] = reduce_add(dot);
-          }
-        }
-      }
+      gather(p, static_cast<const T*>(p.grad_out), block.begin, block.end - block.begin, rows.get(), ld);
+      const auto gradients = [&](int64_t r, int64_t i0, int64_t n, const float* grads) {
+        const int64_t slot = p.permutation[r], at = r * 2 * p.width + i0;
+        const float routing_weight = p.weights[slot];
+        Vec dot{};
+        for_features(n, [&](int64_t j, int64_t count) {
+          const Vec g = load_n(kept + at + j, count), u = load_n(kept + at + p.width + j, count);
+          const Vec act = round_to<T>(swiglu_forward<T>(g, u)), grad = load_n(grads + j, count);
+          dot += act * grad;
+          store_n(weighted_act + r * p.width + i0 + j, act * routing_weight, count);
+          const SwigluGradients out = swiglu_gradients(grad * routing_weight, g, u);
+          store_n(grad_gate_up + r * ld_grad + i0 + j, out.gate, count);
+          store_n(grad_gate_up + r * ld_grad + p.width + i0 + j, out.up, count);
+        });
+        dots[size_t(i0 / kTile * slots + slot)] = reduce_add(dot);
+      };
+      product.multiply(rows.get(), ld, block.end - block.begin, static_cast<const T*>(p.w_down) + block.expert * p.hidden * p.width + begin,
+                       p.width, end - begin, p.hidden, [&](int64_t r, int64_t m, int64_t i0, int64_t columns, const float* c, int64_t ldc) {
+                         for (int64_t i = 0; i < m; ++i)
+                           for (int64_t j = 0; j < columns; j += kTile)
+                             gradients(block.begin + r + i, begin + i0 + j, least(kTile, columns - j), c + i * ldc + j);
+                       });
     });
   });
   parallel.ranges(slots, 4096, [&](int64_t begin, int64_t end) {
@@ -240,8 +219,9 @@ void backward(const MoeMlpBackwardParams& p, const Parallel& parallel) {
   const int64_t slots = p.tokens * p.top_k;
   const T *x = static_cast<const T*>(p.x), *grad_out = static_cast<const T*>(p.grad_out);
   const std::vector<RowBlock> blocks = row_blocks(p.offsets, p.experts, kBlockRows);
-  const auto grad_gate_up = scratch<T>(slots * 2 * p.width), weighted_act = scratch<T>(slots * p.width);
-  activation_gradients<T>(p, blocks, grad_gate_up.get(), weighted_act.get(), parallel);
+  const int64_t ld_grad = 2 * p.width + 64 / int64_t(sizeof(T));
+  const auto grad_gate_up = scratch<T>(slots * ld_grad), weighted_act = scratch<T>(slots * p.width);
+  activation_gradients<T>(p, blocks, grad_gate_up.get(), ld_grad, weighted_act.get(), parallel);
   if (p.grad_w_down != nullptr)
     weight_gradient(
         p.offsets, p.experts, p.hidden, p.width, static_cast<T*>(p.grad_w_down), parallel,
@@ -249,21 +229,15 @@ void backward(const MoeMlpBackwardParams& p, const Parallel& parallel) {
   if (p.grad_w_gate_up != nullptr)
     weight_gradient(
         p.offsets, p.experts, 2 * p.width, p.hidden, static_cast<T*>(p.grad_w_gate_up), parallel,
-        [&](int64_t r) { return grad_gate_up.get() + r * 2 * p.width; }, [&](int64_t r) { return x + token_of(p, r) * p.hidden; });
+        [&](int64_t r) { return grad_gate_up.get() + r * ld_grad; }, [&](int64_t r) { return x + token_of(p, r) * p.hidden; });
   if (p.grad_x == nullptr) return;
-  const auto to_x = [&](const RowBlock& block, int64_t h0, int64_t columns, RightOperand<T>& operand, float* panel, int64_t ld) {
-    float tile[kStepRows * kTile];
-    for (int64_t j = 0; j < columns; j += kTile) {
-      const int64_t n = least(kTile, columns - j);
-      const T* weight = static_cast<const T*>(p.w_gate_up) + block.expert * 2 * p.width * p.hidden + h0 + j;
-      operand.set(weight, 1, p.hidden, n, 2 * p.width, block.end - block.begin);
-      for (int64_t r = block.begin; r < block.end; r += kStepRows) {
-        const int64_t m = least(kStepRows, block.end - r);
-        const bool ahead = r == block.begin && j + n + kTile <= columns;
-        operand.multiply(grad_gate_up.get() + r * 2 * p.width, 2 * p.width, m, tile, kTile, false, ahead);
-        for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
-      }
-    }
+  const auto to_x = [&](const RowBlock& block, int64_t h0, int64_t columns, ColumnProduct<T>& product, float* panel, int64_t ld) {
+    product.multiply(grad_gate_up.get() + block.begin * ld_grad, ld_grad, block.end - block.begin,
+                     static_cast<const T*>(p.w_gate_up) + block.expert * 2 * p.width * p.hidden + h0, p.hidden, columns, 2 * p.width,
+                     [&](int64_t r, int64_t m, int64_t j, int64_t n, const float* c, int64_t ldc) {
+                       for (int64_t i = 0; i < m; ++i)
+                         store_tile(c + i * ldc, ldc, 1, n, panel + p.permutation[block.begin + r + i] * ld + j, ld);
+                     });
   };
   const auto sum = [&](int64_t token, int64_t h0, int64_t columns, const float* panel, int64_t ld) {
     const float* rows = panel + token * p.top_k * ld;
@@ -274,7 +248,7 @@ void backward(const MoeMlpBackwardParams& p, const Parallel& parallel) {
       store_n(out + i, total, n);
     });
   };
-  in_panels<float>(blocks, p.tokens, slots, p.hidden, parallel, [] { return RightOperand<T>(); }, to_x, sum);
+  in_panels<float>(blocks, p.tokens, slots, p.hidden, parallel, [] { return ColumnProduct<T>(); }, to_x, sum);
 }
 
 }  // namespace
