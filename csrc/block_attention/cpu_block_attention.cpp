@@ -25,7 +25,7 @@ struct Tile {
   }
 };
 
-// K or V, packed once per KV head and block of kKeys keys, as the right operand of a product with queries or with probabilities.
+// K or V, packed once per KV head and block of kStepKeys keys, as the right operand of a product with queries or with probabilities.
 template <class T>
 class PackedKeys {
  public:
@@ -34,13 +34,13 @@ class PackedKeys {
       : by_dim_(by_dim),
         d_(p.head_dim),
         num_keys_(p.num_keys),
-        blocks_((p.num_keys + kKeys - 1) / kKeys),
-        size_(by_dim ? packed_size<T>(kKeys, d_) : packed_size<T>(d_, kKeys)),
+        blocks_((p.num_keys + kStepKeys<T> - 1) / kStepKeys<T>),
+        size_(by_dim ? packed_size<T>(kStepKeys<T>, d_) : packed_size<T>(d_, kStepKeys<T>)),
         data_(new uint32_t[p.kv_heads * blocks_ * size_]) {
     const int64_t stride = p.kv_heads * d_;
     parallel.ranges(p.kv_heads * blocks_, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T* from = static_cast<const T*>(x) + i % blocks_ * kKeys * stride + i / blocks_ * d_;
+        const T* from = static_cast<const T*>(x) + i % blocks_ * kStepKeys<T> * stride + i / blocks_ * d_;
         uint32_t* to = data_.get() + i * size_;
         const int64_t n = keys_in(i % blocks_);
         by_dim ? pack(to, from, stride, 1, n, d_) : pack(to, from, 1, stride, d_, n);
@@ -50,19 +50,19 @@ class PackedKeys {
 
   // scores[rows][width] = rows of x times the keys of columns c.
   void multiply_dims(const Operand<T>* x, int64_t rows, int64_t head, int64_t block, const Columns& c, float* scores) const {
-    const uint32_t* panel = at(head, block) + (c.base - block * kKeys) / kPanel * packed_size<T>(kPanel, d_);
-    gemm_packed(x, d_, rows, panel, c.width, d_, scores, kKeys);
+    const uint32_t* panel = at(head, block) + (c.base - block * kStepKeys<T>) / kPanel * packed_size<T>(kPanel, d_);
+    gemm_packed(x, d_, rows, panel, c.width, d_, scores, kStepKeys<T>);
   }
 
   // out[rows][d] += p[rows][keys of columns c] times these keys.
   void add_keys(const Operand<T>* p, int64_t rows, int64_t head, int64_t block, const Columns& c, float* out) const {
     const int64_t from = c.first / kPackedDepth<T> * kPackedDepth<T>;  // a pair may start at a hidden key: its p is 0
-    const int64_t key = c.base - block * kKeys + from, panel = packed_size<T>(kPanel, keys_in(block));
-    gemm_packed(p + from, kKeys, rows, at(head, block) + key / kPackedDepth<T> * kPanel, d_, c.last - from, out, d_, true, panel);
+    const int64_t key = c.base - block * kStepKeys<T> + from, panel = packed_size<T>(kPanel, keys_in(block));
+    gemm_packed(p + from, kStepKeys<T>, rows, at(head, block) + key / kPackedDepth<T> * kPanel, d_, c.last - from, out, d_, true, panel);
   }
 
  private:
-  int64_t keys_in(int64_t block) const { return std::min(kKeys, num_keys_ - block * kKeys); }
+  int64_t keys_in(int64_t block) const { return std::min(kStepKeys<T>, num_keys_ - block * kStepKeys<T>); }
   const uint32_t* at(int64_t head, int64_t block) const { return data_.get() + (head * blocks_ + block) * size_; }
 
   const bool by_dim_;
@@ -84,7 +84,7 @@ struct Call {
         rows(round_up(p.max_tile_queries * group, kPanel)),
         q_stride(p.heads * d),
         k_stride(p.kv_heads * d),
-        blocks((p.num_keys + kKeys - 1) / kKeys) {}
+        blocks((p.num_keys + kStepKeys<T> - 1) / kStepKeys<T>) {}
 
   const T* queries(const void* x, const Tile& tile, int64_t head) const {
     return static_cast<const T*>(x) + tile.begin * q_stride + head * piece;
@@ -107,8 +107,8 @@ struct Call {
   void visit(const Tile& tile, int which, F&& f) const {
     const int64_t begin = tile.hulls[2 * which], end = tile.hulls[2 * which + 1];
     const int32_t* intervals = (which ? p.own : p.context) + 2 * tile.begin;
-    for (int64_t b = begin / kKeys; b * kKeys < end && begin < end; ++b) {
-      const Columns columns(b * kKeys, std::max(begin, b * kKeys), std::min(end, (b + 1) * kKeys));
+    for (int64_t b = begin / kStepKeys<T>; b * kStepKeys<T> < end && begin < end; ++b) {
+      const Columns columns(b * kStepKeys<T>, std::max(begin, b * kStepKeys<T>), std::min(end, (b + 1) * kStepKeys<T>));
       f(columns, b, [&columns, intervals, uniform = tile.uniform](int64_t t) {
         return uniform ? Span{columns.first, columns.last} : span_of(intervals + 2 * t, columns);
       });
@@ -123,8 +123,9 @@ void forward(const BlockAttentionParams& p, const Parallel& parallel) {
   const int64_t d = call.d, group = call.group;
   parallel.items(p.num_tiles * p.kv_heads, [&](ItemQueue& queue) {
     const TileScope tiles;
-    std::vector<Operand<T>> q(call.rows * d), probabilities(call.rows * kKeys);
-    std::vector<float> out(call.rows * d), scores(call.rows * kKeys), row_max(call.rows), row_sum(call.rows);
+    const int64_t step = step_tokens<T>(p.max_tile_queries, group), step_rows = round_up(step * group, kPanel);
+    std::vector<Operand<T>> q(call.rows * d), probabilities(step_rows * kStepKeys<T>);
+    std::vector<float> out(call.rows * d), scores(step_rows * kStepKeys<T>), row_max(call.rows), row_sum(call.rows);
     for (int64_t item; queue.next(item);) {
       const Tile tile(p, p.order[item / p.kv_heads]);
       const int64_t head = item % p.kv_heads, rows = tile.tokens * group;
@@ -134,10 +135,14 @@ void forward(const BlockAttentionParams& p, const Parallel& parallel) {
       std::fill_n(row_sum.begin(), rows, 0.f);
       for (int which = 0; which < 2; ++which)
         call.visit(tile, which, [&](const Columns& c, int64_t block, auto span) {
-          keys.multiply_dims(q.data(), rows, head, block, c, scores.data());
-          softmax_step(scores.data(), probabilities.data(), tile.tokens, group, c.width, p.scale, span, row_max.data(), row_sum.data(),
-                       out.data(), d);
-          values.add_keys(probabilities.data(), rows, head, block, c, out.data());
+          for (int64_t t0 = 0; t0 < tile.tokens; t0 += step) {
+            const int64_t tokens = std::min(step, tile.tokens - t0), r = t0 * group;
+            keys.multiply_dims(q.data() + r * d, tokens * group, head, block, c, scores.data());
+            softmax_step(
+                scores.data(), probabilities.data(), kStepKeys<T>, tokens, group, c.width, p.scale, [&](int64_t t) { return span(t0 + t); },
+                row_max.data() + r, row_sum.data() + r, out.data() + r * d, d);
+            values.add_keys(probabilities.data(), tokens * group, head, block, c, out.data() + r * d);
+          }
         });
       softmax_finish(rows, d, row_max.data(), row_sum.data(), out.data());
       scatter(out.data(), tile.tokens, call.piece, 1.f, call.queries(p.out, tile, head), call.q_stride);
@@ -169,8 +174,10 @@ void backward_queries(const BlockAttentionBackwardParams& b, const Call<T>& call
   const PackedKeys<T> keys(p, p.k, true, parallel), values(p, p.v, true, parallel), key_sums(p, p.k, false, parallel);
   parallel.items(p.num_tiles * p.kv_heads, [&](ItemQueue& queue) {
     const TileScope tiles;
-    std::vector<Operand<T>> q(call.rows * d), grad_out(call.rows * d), score_grads(call.rows * kKeys);
-    std::vector<float> scores(call.rows * kKeys), grad_p(call.rows * kKeys), grad_q(call.rows * d), lse(call.rows), deltas(call.rows);
+    const int64_t step = step_tokens<T>(p.max_tile_queries, group), step_rows = round_up(step * group, kPanel);
+    std::vector<Operand<T>> q(call.rows * d), grad_out(call.rows * d), score_grads(step_rows * kStepKeys<T>);
+    std::vector<float> scores(step_rows * kStepKeys<T>), grad_p(step_rows * kStepKeys<T>), grad_q(call.rows * d), lse(call.rows),
+        deltas(call.rows);
     for (int64_t item; queue.next(item);) {
       const Tile tile(p, p.order[item / p.kv_heads]);
       const int64_t head = item % p.kv_heads, rows = tile.tokens * group;
@@ -181,19 +188,22 @@ void backward_queries(const BlockAttentionBackwardParams& b, const Call<T>& call
       std::fill_n(grad_q.begin(), rows * d, 0.f);
       for (int which = 0; which < 2; ++which)
         call.visit(tile, which, [&](const Columns& c, int64_t block, auto span) {
-          keys.multiply_dims(q.data(), rows, head, block, c, scores.data());
-          values.multiply_dims(grad_out.data(), rows, head, block, c, grad_p.data());
-          for (int64_t t = 0; t < tile.tokens; ++t) {
-            const Span seen = span(t);
-            for (int64_t r = t * group; r < (t + 1) * group; ++r) {
-              float *s = scores.data() + r * kKeys, *g = grad_p.data() + r * kKeys;
-              for (int64_t i = 0; i < c.width; i += kLanes)
-                store(s + i, exp_of_negative(load(s + i) * p.scale - lse[r]) * (load(g + i) - deltas[r]));
-              hide(s, seen, c.width, 0.f);
-              for (int64_t i = 0; i < c.width; i += kLanes) store_operand(score_grads.data() + r * kKeys + i, load(s + i));
+          for (int64_t t0 = 0; t0 < tile.tokens; t0 += step) {
+            const int64_t tokens = std::min(step, tile.tokens - t0), first = t0 * group;
+            keys.multiply_dims(q.data() + first * d, tokens * group, head, block, c, scores.data());
+            values.multiply_dims(grad_out.data() + first * d, tokens * group, head, block, c, grad_p.data());
+            for (int64_t t = 0; t < tokens; ++t) {
+              const Span seen = span(t0 + t);
+              for (int64_t r = t * group; r < (t + 1) * group; ++r) {
+                float *s = scores.data() + r * kStepKeys<T>, *g = grad_p.data() + r * kStepKeys<T>;
+                for (int64_t i = 0; i < c.width; i += kLanes)
+                  store(s + i, exp_of_negative(load(s + i) * p.scale - lse[first + r]) * (load(g + i) - deltas[first + r]));
+                hide(s, seen, c.width, 0.f);
+                for (int64_t i = 0; i < c.width; i += kLanes) store_operand(score_grads.data() + r * kStepKeys<T> + i, load(s + i));
+              }
             }
+            key_sums.add_keys(score_grads.data(), tokens * group, head, block, c, grad_q.data() + first * d);
           }
-          key_sums.add_keys(score_grads.data(), rows, head, block, c, grad_q.data());
         });
       scatter(grad_q.data(), tile.tokens, call.piece, p.scale, call.queries(b.grad_q, tile, head), call.q_stride);
     }

@@ -1,5 +1,5 @@
 // Steps of attention on one tile: the rows of a tile are `tokens` consecutive queries times the `group` query heads of one KV head
-// (row = token * group + head), its columns up to kKeys keys. Include last, as common/simd.h.
+// (row = token * group + head), its columns up to kStepKeys keys. Include last, as common/simd.h.
 //
 // Everything that is multiplied is an Operand: bf16 where the level multiplies pairs of bf16 and the tensors are bf16, else float.
 #pragma once
@@ -11,12 +11,22 @@ namespace {
 
 constexpr int64_t kKeys = 64;  // a multiple of every kPanel
 
+// Keys and tokens that are worked on at once. On tiles sums over keys are loaded and stored at every step, which costs as much as
+// multiplying 64 keys: so there are more of them, and of fewer rows, whose scores stay in the nearest cache.
+template <class T>
+constexpr int64_t kStepKeys = kOnTiles<T> ? 256 : kKeys;
+template <class T>
+inline int64_t step_tokens(int64_t tokens, int64_t group) {
+  constexpr int64_t kStepRows = 32;
+  return !kOnTiles<T> ? tokens : group < kStepRows ? kStepRows / group : 1;
+}
+
 template <class T>
 using Operand = std::conditional_t<kPackedDepth<T> == 2, bf16, float>;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Keys [begin, end) of one block of kKeys keys, as columns of the score buffer. Column 0 is key `base`; base and width are whole
+// Keys [begin, end) of one block of keys, as columns of the score buffer. Column 0 is key `base`; base and width are whole
 // panels, so columns outside [first, last) belong to other keys (or to none) and never count.
 struct Columns {
   int64_t begin, end, base, width, first, last;
@@ -120,6 +130,23 @@ inline Vec exp_of_negative(Vec x) {
 #endif
 }
 
+// 2^x for x <= 0 (or barely above), relative error below 3e-6: for probabilities that are rounded to bf16. 0 below -126, also for -inf; NaN
+// stays NaN.
+inline Vec exp2_of_negative(Vec x) {
+  const Vec low = splat(-126.f), magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x + magic, n = shifted - magic, r = x - n;
+  Vec y = splat(9.5701e-3f);
+  y = y * r + 5.591786e-2f;
+  y = y * r + 2.4024745e-1f;
+  y = y * r + 6.9312181e-1f;
+  y = y * r + 9.9999926e-1f;
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (Vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)y, (__m512)n);
+#else
+  return x < low ? Vec{} : y * (Vec)(((VecI)shifted << 23) + 0x3f800000);
+#endif
+}
+
 // What scores are referred to: a row may have seen nothing but -inf so far (products overflow), and -inf minus itself is no number.
 inline float finite_peak(float peak) {
   constexpr float lowest = std::numeric_limits<float>::lowest();
@@ -132,43 +159,56 @@ inline void hide(float* row, Span seen, int64_t width, float value) {
 }
 
 // Online softmax: p = exp(scale * score - new maximum), 0 outside the row's span; brings row_max, row_sum and the unnormalised
-// out[rows][d] up to date. scores and p are [rows][kKeys] and may be the same. span(token) gives the columns that a token sees.
+// out[rows][d] up to date. scores and p are [rows][stride] and may be the same. span(token) gives the columns that a token sees.
 template <class P, class SpanOf>
-inline void softmax_step(float* scores, P* p, int64_t tokens, int64_t group, int64_t width, float scale, SpanOf span, float* row_max,
-                         float* row_sum, float* out, int64_t d) {
+inline void softmax_step(float* scores, P* p, int64_t stride, int64_t tokens, int64_t group, int64_t width, float scale, SpanOf span,
+                         float* row_max, float* row_sum, float* out, int64_t d) {
   const float factor = scale > 0 ? scale : 1.f;
+  // All maxima first: a row's exponentials wait for its maximum, the maxima for nothing.
   for (int64_t t = 0; t < tokens; ++t) {
     const Span seen = span(t);
+    if (seen.last <= seen.first) continue;
     for (int64_t r = t * group; r < (t + 1) * group; ++r) {
-      float* s = scores + r * kKeys;
-      P* row = p + r * kKeys;
-      if (seen.last <= seen.first) {
-        for (int64_t i = 0; i < width; i += kLanes) store_operand(row + i, Vec{});
-        continue;
-      }
+      float* s = scores + r * stride;
       if (!(scale > 0))  // -inf times it would not hide
         for (int64_t i = 0; i < width; i += kLanes) store(s + i, load(s + i) * scale);
       hide(s, seen, width, -std::numeric_limits<float>::infinity());
-      Vec top = load(s) * factor;
-      for (int64_t i = kLanes; i < width; i += kLanes) top = vmax(load(s + i) * factor, top);
-      const float before = row_max[r], peak = peak_of(top), now = peak > before ? peak : before;
-      Vec sum{};
-      const float shift = finite_peak(now);
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const Vec e = exp_of_negative(load(s + i) * factor - shift);
-        store_operand(row + i, e);
-        sum += e;
+      Vec top = load(s), other = load(s + kLanes);
+      for (int64_t i = kPanel; i < width; i += kPanel) top = vmax(load(s + i), top), other = vmax(load(s + i + kLanes), other);
+      const float before = row_max[r], peak = peak_of(vmax(other, top)) * factor;
+      if (!(peak > before)) continue;
+      const float shrink = std::exp(before - peak);  // 0 the first time
+      row_sum[r] *= shrink;
+      row_max[r] = peak;
+      float* o = out + r * d;
+      int64_t i = 0;
+      for (; i + kLanes <= d; i += kLanes) store(o + i, load(o + i) * shrink);
+      for (; i < d; ++i) o[i] *= shrink;
+    }
+  }
+  constexpr bool kRounded = !std::is_same_v<P, float>;
+  constexpr float kLog2E = 1.44269504f;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Span seen = span(t);
+    for (int64_t r = t * group; r < (t + 1) * group; ++r) {
+      const float* s = scores + r * stride;
+      P* row = p + r * stride;
+      if (seen.last <= seen.first) {
+        for (int64_t i = 0; i < width; i += kPanel) store_both(row + i, Vec{}, Vec{});
+        continue;
       }
-      if (now != before) {
-        const float shrink = std::exp(before - now);  // 0 the first time
-        row_sum[r] *= shrink;
-        row_max[r] = now;
-        float* o = out + r * d;
-        int64_t i = 0;
-        for (; i + kLanes <= d; i += kLanes) store(o + i, load(o + i) * shrink);
-        for (; i < d; ++i) o[i] *= shrink;
+      const float shift = row_max[r] == -std::numeric_limits<float>::infinity() ? 0.f : row_max[r];  // -inf minus itself is no number
+      const auto probability = [&](Vec score) {
+        if constexpr (kRounded) return exp2_of_negative(score * (factor * kLog2E) - shift * kLog2E);
+        return exp_of_negative(score * factor - shift);
+      };
+      Vec sum{}, other{};
+      for (int64_t i = 0; i < width; i += kPanel) {
+        const Vec low = probability(load(s + i)), high = probability(load(s + i + kLanes));
+        store_both(row + i, low, high);
+        sum += low, other += high;
       }
-      row_sum[r] += reduce_add(sum);
+      row_sum[r] += reduce_add(sum + other);
     }
   }
 }

@@ -17,6 +17,7 @@ struct Ahead {
   int64_t rows = 0, lines = 1;
 
   Ahead part(int64_t i, int64_t parts) const {
+    if (rows == 0) return {};
     const int64_t begin = rows * i / parts;
     return {first + begin * row, row, step, rows * (i + 1) / parts - begin, lines};
   }

@@ -69,6 +69,20 @@ inline void transpose(VecU (&rows)[kLanes]) {
   }
 }
 
+// kLanes columns and steps of a panel; behind the first `columns` zeros, where not all are there.
+template <bool kAll, class T>
+inline void transpose_steps(const T* column, int64_t n_stride, int64_t columns, uint32_t* to) {
+  VecU rows[kLanes];
+#pragma GCC unroll 16
+  for (int c = 0; c < kLanes; ++c, column += n_stride) {
+    rows[c] = kAll || c < columns ? load_packed(column) : VecU{};
+    __asm__("" : "+r"(column));  // else the compiler keeps 16 addresses, more than there are registers: half as fast
+  }
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int c = 0; c < kLanes; ++c) std::memcpy(to + c * kPanel, &rows[c], sizeof(VecU));
+}
+
 // to[c] = the pair of low[c] and high[c], for kPanel columns.
 inline void pair_rows(const bf16* low, const bf16* high, uint32_t* to) {
   using Row = uint16_t __attribute__((vector_size(2 * kPanel)));
@@ -82,31 +96,27 @@ inline void pair_rows(const bf16* low, const bf16* high, uint32_t* to) {
   std::memcpy(to, &first, sizeof first), std::memcpy(to + kLanes, &second, sizeof second);
 }
 
-// B(k, n) = b[n * n_stride + k * k_stride]; fast where one of the strides is 1.
+// B(k, n) = b[n * n_stride + k * k_stride]; fast where one of the strides is 1. panel: 32-bit elements from one panel to the next, where
+// there is more k than is packed here; 0: no more.
 template <class T>
-__attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k) {
+__attribute__((noinline)) void pack(uint32_t* packed, const T* b, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k,
+                                    int64_t panel = 0) {
   constexpr int64_t kDepth = kPackedDepth<T>;
   const int64_t depth = (k + kDepth - 1) / kDepth, whole = k / kDepth;
-  for (int64_t j = 0; j < n; j += kPanel, packed += depth * kPanel) {
+  if (panel == 0) panel = depth * kPanel;
+  for (int64_t j = 0; j < n; j += kPanel, packed += panel) {
     const int64_t columns = n - j < kPanel ? n - j : kPanel;
     int64_t done = 0;
     if (k_stride == 1) {
-      const auto half_panel = [&](int64_t half, auto full) {  // kLanes columns and steps; columns that there are not: zeros
-        VecU rows[kLanes];
-#pragma GCC unroll 16
-        for (int c = 0; c < kLanes; ++c) {
-          const T* row = b + (j + half + c) * n_stride + done * kDepth;
-          // The next panel. Without tiles `Ahead` has fetched it, and doing it twice took 4 % of a forward.
-          if (kOnTiles<T> && full && j + kPanel < n) __builtin_prefetch(row + kPanel * n_stride, 0, 2);
-          rows[c] = full || half + c < columns ? load_packed(row) : VecU{};
-        }
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int c = 0; c < kLanes; ++c) std::memcpy(packed + (done + c) * kPanel + half, &rows[c], sizeof(VecU));
-      };
-      for (; done + kLanes <= whole; done += kLanes)
-        for (int half = 0; half < kPanel; half += kLanes)
-          half + kLanes <= columns ? half_panel(half, std::true_type()) : half_panel(half, std::false_type());
+      for (int half = 0; half < kPanel; half += kLanes) {
+        done = 0;
+        if (half + kLanes <= columns)
+          for (; done + kLanes <= whole; done += kLanes)
+            transpose_steps<true>(b + (j + half) * n_stride + done * kDepth, n_stride, kLanes, packed + done * kPanel + half);
+        else
+          for (; done + kLanes <= whole; done += kLanes)
+            transpose_steps<false>(b + (j + half) * n_stride + done * kDepth, n_stride, columns - half, packed + done * kPanel + half);
+      }
     } else if (columns == kPanel && n_stride == 1) {
       for (; done < whole; ++done) {
         const T* row = b + j + done * kDepth * k_stride;

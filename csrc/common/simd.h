@@ -189,7 +189,13 @@ inline Vec times_power_of_two(Vec x, Vec k) {
 #endif
 }
 
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec vmax(Vec a, Vec b) {  // b where one of them is NaN
+#if defined(LLADA_CPU_LEVEL_avx512)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // GCC 12 would compare and blend
+#else
+  return a > b ? a : b;
+#endif
+}
 inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 using Vec4 = float __attribute__((vector_size(16)));
 inline float reduce_add(Vec v) {  // halves onto each other: the same tree at every call

@@ -87,12 +87,15 @@ __attribute__((noinline)) void tile_block(const TileProduct& p, const bf16* a, i
     if constexpr (kLower) tile_zero<2>();
     if constexpr (kLower && kRight) tile_zero<3>();
   }
-  const int64_t main = p.k / kTileDepth * kTileDepth;
+  // In registers: what the instructions of tiles may write could be anything that is in memory.
+  const int64_t main = p.k / kTileDepth * kTileDepth, a_stride = p.lda * 2, rows_ahead = ahead.rows, lines_ahead = ahead.lines,
+                row_ahead = ahead.row, step_ahead = ahead.step;
+  const bf16 *upper = a, *lower = a + kHalf * p.lda, *const end = a + main;
   const char* fetched = ahead.first;
-  for (int64_t i = 0; i < main; i += kTileDepth, fetched += ahead.step) {
-    for (int64_t r = 0; r < ahead.rows; ++r)
-      for (int64_t l = 0; l < ahead.lines; ++l) __builtin_prefetch(fetched + r * ahead.row + l * 64, 0, 2);
-    tile_step<kUpper, kLower, kRight>(a + i, a + kHalf * p.lda + i, p.lda * 2, panel + i / 2 * kBlockSide);
+  for (const uint32_t* b = panel; upper < end; upper += kTileDepth, lower += kTileDepth, b += kPairs * kBlockSide, fetched += step_ahead) {
+    for (int64_t r = 0; r < rows_ahead; ++r)
+      for (int64_t l = 0; l < lines_ahead; ++l) __builtin_prefetch(fetched + r * row_ahead + l * 64, 0, 2);
+    tile_step<kUpper, kLower, kRight>(upper, lower, a_stride, b);
   }
   if (main < p.k) {
     alignas(64) bf16 left[kBlockSide * kTileDepth];
