@@ -84,18 +84,18 @@ void in_parts(const std::vector<RowBlock>& blocks, int64_t columns, int64_t tile
   });
 }
 
-// M rows of A times N rows of B as dot products. The N rows after those are fetched meanwhile: hardware prefetchers stop at the end of a
-// page, which is one row of 2048 bf16.
+// M rows of A times N rows of B as dot products. The rows kRowsAhead * N further on are fetched meanwhile: hardware prefetchers stop at the
+// end of a page, which is one row of 2048 bf16.
 template <int M, int N, class T>
 inline void stream_tile(const T* a, int64_t lda, const T* b, int64_t k, float* c, int64_t ldc) {
   constexpr int64_t step = kDotStep<T, T>;
   Vec acc[M][N] = {};
-  const T* ahead = b + N * k;
+  const T* ahead = b + kRowsAhead * N * k;
   for (int64_t i = 0; i + step <= k; i += step) {
     VecU bv[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      __builtin_prefetch(ahead + n * k + i);
+      fetch(ahead + n * k + i);
       if constexpr (step == kLanes)
         bv[n] = (VecU)load(b + n * k + i);
       else
