@@ -89,7 +89,8 @@ bool cpu_supports(CpuLevel level) {
   switch (level) {  // __builtin_cpu_supports also asks the operating system for the wider registers
     case CpuLevel::amx_emulated: return true;
     case CpuLevel::amx: return cpu_supports(CpuLevel::avx512_bf16) && has_amx();
-    case CpuLevel::avx512_bf16: return cpu_supports(CpuLevel::avx512) && __builtin_cpu_supports("avx512bf16");
+    case CpuLevel::avx512_bf16:
+      return cpu_supports(CpuLevel::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     case CpuLevel::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");

@@ -58,6 +58,7 @@ template <class T>
 struct ForwardScratch {
   Tokens<T> tokens;
   Weights<T> first, second;
+  FewRows<T> few;
   std::unique_ptr<T[]> weights;
 
   ForwardScratch(const ExpertWeights& w, int64_t k, int64_t columns)
@@ -81,7 +82,7 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
       };
       const int64_t rows = block.end - block.begin;
       const auto multiply_few = [&](int64_t row, int64_t n, float* out) {
-        gemm_few(p.w_gate_up, block.expert, 2 * p.width, k, row, n, gathered.get(), rows, out, kHalf, own.weights.get());
+        own.few.multiply(p.w_gate_up, block.expert, 2 * p.width, row, n, out, kHalf, own.weights.get());
       };
       const auto activate = [&](int64_t r, int64_t m, int64_t i0, int64_t n) {
         for (int64_t i = 0; i < m; ++i) {
@@ -97,6 +98,7 @@ void gate_up(const MoeMlpParams& p, const std::vector<RowBlock>& blocks, T* act,
       };
       gather(p, static_cast<const T*>(p.x), block.begin, rows, gathered.get(), k);
       own.tokens.set(gathered.get(), k, rows, k);
+      if (rows < kPackTokensFrom<T>) own.few.set(p.w_gate_up, gathered.get(), rows, k);
       for (int64_t i0 = begin; i0 < end; i0 += kHalf) {
         const int64_t n = least(kHalf, end - i0);
         if (rows < kPackTokensFrom<T>) {
@@ -140,10 +142,11 @@ void forward(const MoeMlpParams& p, const Parallel& parallel) {
       for (int64_t i = 0; i < m; ++i) store_tile(tile + i * kTile, kTile, 1, n, panel + p.permutation[r + i] * ld + j, ld);
     };
     own.tokens.set(act.get() + block.begin * k, k, rows, k);
+    if (rows < kPackTokensFrom<T>) own.few.set(p.w_down, act.get() + block.begin * k, rows, k);
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t n = least(kTile, columns - j);
       if (rows < kPackTokensFrom<T>) {
-        gemm_few(p.w_down, block.expert, p.hidden, k, h0 + j, n, act.get() + block.begin * k, rows, tile, kTile, own.weights.get());
+        own.few.multiply(p.w_down, block.expert, p.hidden, h0 + j, n, tile, kTile, own.weights.get());
         place(block.begin, rows, j, n);
         continue;
       }
