@@ -7,6 +7,7 @@ import importlib
 import json
 import pkgutil
 import platform
+import re
 import sys
 from importlib import metadata
 from typing import Any
@@ -63,10 +64,17 @@ def _version(distribution: str) -> str | None:
 
 def _cpu_model() -> str:
     try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        with open("/proc/cpuinfo") as file:
+            return cpu_name(file.read()) or platform.processor() or platform.machine()
+    except OSError:
         return platform.processor() or platform.machine()
+
+
+def cpu_name(cpuinfo: str) -> str | None:
+    """Name, family and model of the first processor: a virtual machine may call Zen 4 and Zen 5 alike "AMD EPYC". None without a name."""
+    first = dict(re.findall(r"^([^:\n]+?)\s*: (.+)$", cpuinfo.partition("\n\n")[0], re.MULTILINE))
+    keys = {"model name": "", "cpu family": " family ", "model": " model "}
+    return "".join(word + first[key] for key, word in keys.items() if key in first) if "model name" in first else None
 
 
 def _cpu_level() -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from llada_kernels.info import cpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 import build_backend  # noqa: E402
@@ -118,6 +120,13 @@ def test_info_of_this_installation():
     assert facts["backends"]["native"] == "loaded"
     assert facts["cpu_level"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
     assert facts["ops"]["block_attention"] == ["native", "triton", "reference"]
+
+
+def test_the_name_of_a_cpu_tells_families_apart():
+    zen = "processor\t: {}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t\t: fpu vme\n\n"
+    assert cpu_name(zen.format(0) + zen.format(1).replace("25", "26")) == "AMD EPYC family 25 model 17"
+    assert cpu_name("processor\t: 0\nmodel name\t: Cortex\n") == "Cortex"
+    assert cpu_name("processor\t: 0\nBogoMIPS\t: 50.00\n\n") is None and cpu_name("") is None
 
 
 @pytest.fixture
