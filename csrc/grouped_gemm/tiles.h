@@ -283,7 +283,8 @@ class ColumnProduct {
     sums_.reserve((whole ? kStepRows : kBlockRows) * ld);
     for (int64_t j = 0; j < columns; j += ld) {
       const int64_t n = least(ld, columns - j);
-      for (int64_t k0 = 0, depth; k0 < k; k0 += depth) {
+      int64_t k0 = 0, depth;
+      do {  // once for k = 0 too: sums of nothing
         depth = least(kStripDepth<T>, k - k0);
         operand_.set(b + k0 * ldb + j, ldb, n, depth, rows);
         Ahead ahead;  // the rows of B below, or its next columns
@@ -299,7 +300,8 @@ class ColumnProduct {
           if (!kOnTiles<T>) ahead.rows = 0;  // all of it has been fetched
           if (k0 + depth == k) done(r, m, j, n, c, ld);
         }
-      }
+        k0 += depth;
+      } while (k0 < k);
     }
   }
 

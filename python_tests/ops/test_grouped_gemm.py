@@ -188,3 +188,12 @@ def test_the_operator_guards_its_memory():
     for bad in (offsets_of([2, 4]), offsets_of([6, -1]), offsets_of([5])):
         with pytest.raises((ValueError, RuntimeError), match="offsets: expected"):
             torch.ops.llada_kernels.grouped_gemm(a, b, bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_no_columns_are_zero(dtype):
+    a = torch.randn(3, 5, dtype=dtype, requires_grad=True)
+    b = torch.empty(2, 0, 5, dtype=dtype, requires_grad=True)
+    out = grouped_gemm(a, b, torch.tensor([0, 1, 3], dtype=torch.int32), backend="native")
+    (grad_a,) = torch.autograd.grad(out.sum(), a)
+    assert out.shape == (3, 0) and torch.equal(grad_a, torch.zeros_like(a))

@@ -129,18 +129,23 @@ def test_few_rows_are_nearer_to_the_integers_than_bf16_weights_are(experts, hidd
     quantized = [QuantizedExperts.quantize(w, k, group) for w, k in zip((gate_up, down), kinds, strict=True)]
     exact = by_hand(x, routing, *(q.dequantize() for q in quantized))
     rounded = moe_mlp(x, routing, *(q.dequantize(torch.bfloat16) for q in quantized), backend="native")
-    assert relative(moe_mlp(x, routing, *quantized, backend="native"), exact) <= relative(rounded, exact)
+    ours = moe_mlp(x, routing, *quantized, backend="native")
+    if group != 128 and torch.ops.llada_kernels.cpu_level() in ("avx512_bf16", "amx"):
+        assert relative(ours, exact) < relative(rounded, exact)
+    else:
+        assert torch.equal(ours, rounded)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_few_rows_that_are_not_finite_or_zero(kind, bad):
+def test_few_rows_that_are_not_finite_or_zero(kind, group, bad):
     x, routing, gate_up, down = problem(6)
     x[1] = 0
     x[2, 40:80] = 0
     x[3] *= 1e-32
     x[4] *= 1e30
-    quantized = [QuantizedExperts.quantize(w, kind) for w in (gate_up, down)]
+    quantized = [QuantizedExperts.quantize(w, kind, group) for w in (gate_up, down)]
     expected = moe_mlp(x, routing, *quantized, backend="native")
     assert expected[:4].isfinite().all() and not expected[1].any() and expected[3].abs().max() < 1e-30
     x[0, 77] = bad
